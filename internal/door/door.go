@@ -236,14 +236,15 @@ func usable(s *keysync.Site) *Refusal {
 	return f
 }
 
-// accepts tells whether the fingerprint names a key of s inside its validity and Skew.
+// accepts tells whether the fingerprint names a key of s inside its validity and Skew,
+// the same bounds as Keyring.Accept's.
 func accepts(s *keysync.Site, fingerprint []byte) bool {
 	key, ok := s.Keyring.Key(fingerprint)
 	if !ok {
 		return false
 	}
 	now := time.Now()
-	return !now.Before(key.ValidAfter().Add(-Skew)) && (key.ValidUntil().IsZero() || !now.After(key.ValidUntil().Add(Skew)))
+	return !now.Before(key.ValidAfter().Add(-Skew)) && now.Before(key.ValidUntil().Add(Skew))
 }
 
 // credential reads the presented token. The seed says only "authorization", so both
