@@ -3,6 +3,7 @@ package envelope
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/bits"
 	"slices"
@@ -39,6 +40,9 @@ func ParseTriple(b []byte, max int) (Triple, error) {
 	if max > 0 && len(b) > max {
 		return Triple{}, fmt.Errorf("%w: %d bytes; at most %d are allowed", ErrTooLarge, len(b), max)
 	}
+	if t, ok := parseCanonical(b); ok {
+		return t, nil
+	}
 	p := parser{b: b}
 	t, err := p.triple()
 	if err != nil {
@@ -47,87 +51,114 @@ func ParseTriple(b []byte, max int) (Triple, error) {
 	return t, nil
 }
 
+// parseCanonical reads what AppendJSON writes when nothing had to be escaped, which is nearly all there is. It accepts nothing that
+// the parser would read in another way.
+func parseCanonical(b []byte) (Triple, bool) {
+	iv, b := cutText(b, `{"iv":"`)
+	fingerprint, b := cutText(b, `,"fingerprint":"`)
+	message, b := cutText(b, `,"message":"`)
+	return Triple{iv, fingerprint, message}, len(iv) > 0 && len(fingerprint) > 0 && string(b) == "}"
+}
+
+// cutText returns the text between before, with which b begins, and the next quote, and what follows the quote. It returns nothing
+// when b begins otherwise, or when the text is not to be taken as it stands: it has an escape, is malformed or goes beyond ASCII.
+func cutText(b []byte, before string) (text, after []byte) {
+	if len(b) < len(before) || string(b[:len(before)]) != before {
+		return nil, nil
+	}
+	b = b[len(before):]
+	n := bytes.IndexByte(b, '"')
+	if n < 0 || bytes.IndexByte(b[:n], '\\') >= 0 || !printable(b[:n]) {
+		return nil, nil
+	}
+	return b[:n:n], b[n+1:]
+}
+
 type parser struct {
 	b  []byte
 	at int
 }
 
-func (p *parser) triple() (t Triple, err error) {
-	const hasIV, hasFingerprint, hasMessage = 1, 2, 4
-	has := 0
-	if err := p.expect('{', "the object's opening brace"); err != nil {
-		return t, err
+var fieldNames = [...]string{"iv", "fingerprint", "message"}
+
+func (p *parser) triple() (Triple, error) {
+	var fields [len(fieldNames)]struct {
+		there bool
+		text  []byte
 	}
-	if p.peek() == '}' {
+	if p.peek() != '{' {
+		return Triple{}, p.unexpected("the object's opening brace")
+	}
+	p.at++
+	for more := p.peek() != '}'; more; {
+		i, err := p.fieldName()
+		if err != nil {
+			return Triple{}, err
+		}
+		f := &fields[i]
+		if f.there {
+			return Triple{}, fmt.Errorf("duplicate field %s", fieldNames[i])
+		}
+		f.there = true
+		if p.peek() != ':' {
+			return Triple{}, p.unexpected("a colon")
+		}
 		p.at++
-	} else {
-		for {
-			if c := p.peek(); c != '"' {
-				return t, fmt.Errorf("%s where a field name in quotes is expected", p.found())
-			}
-			nameAt := p.at
-			name, err := p.text()
-			if err != nil {
-				return t, fmt.Errorf("field name: %w", err)
-			}
-			var field *[]byte
-			var bit int
-			switch string(name) {
-			case "iv":
-				field, bit = &t.IV, hasIV
-			case "fingerprint":
-				field, bit = &t.Fingerprint, hasFingerprint
-			case "message":
-				field, bit = &t.Message, hasMessage
-			default:
-				p.at = nameAt
-				return t, fmt.Errorf("unknown field %s; only iv, fingerprint and message are allowed", quote(name))
-			}
-			if has&bit != 0 {
-				p.at = nameAt
-				return t, fmt.Errorf("duplicate field %s", name)
-			}
-			has |= bit
-			if err := p.expect(':', "a colon after field "+string(name)); err != nil {
-				return t, err
-			}
-			if c := p.peek(); c != '"' {
-				return t, fmt.Errorf("field %s: %s where a string is expected", name, p.found())
-			}
-			if *field, err = p.text(); err != nil {
-				return t, fmt.Errorf("field %s: %w", name, err)
-			}
-			if c := p.peek(); c == '}' {
-				p.at++
-				break
-			} else if c != ',' {
-				return t, fmt.Errorf("%s where a comma or the object's closing brace is expected", p.found())
-			}
+		if p.peek() != '"' {
+			return Triple{}, fmt.Errorf("field %s: %w", fieldNames[i], p.unexpected("a string"))
+		}
+		if f.text, err = p.text(); err != nil {
+			return Triple{}, fmt.Errorf("field %s: %w", fieldNames[i], err)
+		}
+		switch p.peek() {
+		case ',':
 			p.at++
+		case '}':
+			more = false
+		default:
+			return Triple{}, p.unexpected("a comma or the object's closing brace")
 		}
 	}
+	p.at++
 	if p.peek(); p.at < len(p.b) {
-		return t, fmt.Errorf("%s after the object; nothing may follow it", p.found())
+		return Triple{}, p.unexpected("the end")
 	}
-	if has != hasIV|hasFingerprint|hasMessage {
-		var missing []string
-		for _, f := range []struct {
-			bit  int
-			name string
-		}{{hasIV, "iv"}, {hasFingerprint, "fingerprint"}, {hasMessage, "message"}} {
-			if has&f.bit == 0 {
-				missing = append(missing, f.name)
-			}
+	var missing []string
+	for i, name := range fieldNames {
+		if !fields[i].there {
+			missing = append(missing, name)
 		}
-		return t, fmt.Errorf("missing field: %s", strings.Join(missing, ", "))
 	}
+	if missing != nil {
+		return Triple{}, fmt.Errorf("missing field: %s", strings.Join(missing, ", "))
+	}
+	t := Triple{IV: fields[0].text, Fingerprint: fields[1].text, Message: fields[2].text}
 	if len(t.IV) == 0 {
-		return t, fmt.Errorf("field iv is empty")
+		return Triple{}, errors.New("field iv is empty")
 	}
 	if len(t.Fingerprint) == 0 {
-		return t, fmt.Errorf("field fingerprint is empty")
+		return Triple{}, errors.New("field fingerprint is empty")
 	}
 	return t, nil
+}
+
+// fieldName reads the name of a field and returns its place in fieldNames.
+func (p *parser) fieldName() (int, error) {
+	if p.peek() != '"' {
+		return 0, p.unexpected("a field name in quotes")
+	}
+	at := p.at
+	name, err := p.text()
+	if err != nil {
+		return 0, fmt.Errorf("field name: %w", err)
+	}
+	for i, n := range fieldNames {
+		if n == string(name) {
+			return i, nil
+		}
+	}
+	p.at = at
+	return 0, fmt.Errorf("unknown field %s; only iv, fingerprint and message are allowed", quote(name))
 }
 
 // peek passes over white space and returns the byte there, 0 at the end.
@@ -142,43 +173,56 @@ func (p *parser) peek() byte {
 	return 0
 }
 
-func (p *parser) expect(c byte, what string) error {
-	if p.peek() != c || p.at == len(p.b) {
-		return fmt.Errorf("%s where %s is expected", p.found(), what)
-	}
-	p.at++
-	return nil
-}
-
-func (p *parser) found() string {
+func (p *parser) unexpected(want string) error {
 	if p.at == len(p.b) {
-		return "end of input"
+		return fmt.Errorf("end of input where %s is expected", want)
 	}
-	r, n := utf8.DecodeRune(p.b[p.at:])
-	if r == utf8.RuneError {
-		n = 1
-	}
-	return quote(p.b[p.at : p.at+n])
+	_, n := utf8.DecodeRune(p.b[p.at:])
+	return fmt.Errorf("%s where %s is expected", quote(p.b[p.at:p.at+n]), want)
 }
 
 // text reads a JSON string, at its opening quote.
 func (p *parser) text() ([]byte, error) {
-	p.at++
-	rest := p.b[p.at:]
-	n := plain(rest)
-	if n < len(rest) && rest[n] == '"' {
-		p.at += n + 1
-		return rest[:n:n], nil
+	if text, after := cutText(p.b[p.at:], `"`); after != nil {
+		p.at = len(p.b) - len(after)
+		return text, nil
 	}
-	return p.textSlow(n)
+	p.at++
+	return p.textSlow()
 }
 
-// textSlow reads on where the first n bytes are plain: text with escapes or beyond ASCII, or malformed text.
-func (p *parser) textSlow(n int) ([]byte, error) {
-	start := p.at
-	var out []byte // once there was an escape: what precedes p.at
-	p.at += n
-	from := start // what is not yet in out
+// printable reports whether b is ASCII without control characters. It looks at 32 bytes at once; see odd.
+func printable(b []byte) bool {
+	const (
+		spaces = ' ' * 0x0101010101010101
+		highs  = 0x8080808080808080
+	)
+	for len(b) >= 32 {
+		w0, w1 := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:])
+		w2, w3 := binary.LittleEndian.Uint64(b[16:]), binary.LittleEndian.Uint64(b[24:])
+		if (w0|(w0-spaces)|w1|(w1-spaces)|w2|(w2-spaces)|w3|(w3-spaces))&highs != 0 {
+			return false
+		}
+		b = b[32:]
+	}
+	for len(b) >= 8 {
+		if w := binary.LittleEndian.Uint64(b); (w|(w-spaces))&highs != 0 {
+			return false
+		}
+		b = b[8:]
+	}
+	for _, c := range b {
+		if c < ' ' || c >= utf8.RuneSelf {
+			return false
+		}
+	}
+	return true
+}
+
+// textSlow reads a JSON string, behind its opening quote, that cutText leaves alone.
+func (p *parser) textSlow() ([]byte, error) {
+	var out []byte // the text before from, once there was an escape
+	from := p.at
 	for p.at < len(p.b) {
 		switch c := p.b[p.at]; {
 		case c == '"':
@@ -209,7 +253,7 @@ func (p *parser) textSlow(n int) ([]byte, error) {
 			p.at += size
 		}
 	}
-	return nil, fmt.Errorf("end of input inside a string")
+	return nil, errors.New("end of input inside a string")
 }
 
 // escape reads one escape, at its backslash; a surrogate pair is one.
@@ -217,7 +261,7 @@ func (p *parser) escape() (rune, error) {
 	rest := p.b[p.at:]
 	if len(rest) < 2 {
 		p.at = len(p.b)
-		return 0, fmt.Errorf("end of input inside an escape")
+		return 0, errors.New("end of input inside an escape")
 	}
 	if rest[1] != 'u' {
 		i := bytes.IndexByte([]byte(`"\/bfnrt`), rest[1])
@@ -260,7 +304,7 @@ func hex4(b []byte) (rune, error) {
 		case '0' <= c && c <= '9':
 			c -= '0'
 		case 'a' <= c|0x20 && c|0x20 <= 'f':
-			c = c | 0x20 - 'a' + 10
+			c = (c | 0x20) - 'a' + 10
 		default:
 			return 0, fmt.Errorf("escape %s: \\u needs four hex digits", quote(b[:6]))
 		}
@@ -270,21 +314,19 @@ func hex4(b []byte) (rune, error) {
 }
 
 // plain returns how many bytes from the start of b stand in a JSON string as they are: ASCII, no control character, quote or
-// backslash. It looks at eight bytes at once.
+// backslash. It looks at 32 bytes at once.
 func plain(b []byte) int {
-	const (
-		ones  = 0x0101010101010101
-		highs = 0x8080808080808080
-	)
 	i := 0
+	for ; i+32 <= len(b); i += 32 {
+		w := b[i : i+32 : i+32]
+		if odd(binary.LittleEndian.Uint64(w))|odd(binary.LittleEndian.Uint64(w[8:]))|
+			odd(binary.LittleEndian.Uint64(w[16:]))|odd(binary.LittleEndian.Uint64(w[24:])) != 0 {
+			break
+		}
+	}
 	for ; i+8 <= len(b); i += 8 {
-		w := binary.LittleEndian.Uint64(b[i:])
-		quotes, slashes := w^(ones*'"'), w^(ones*'\\')
-		// Borrows only ever run from a byte that is itself flagged to the bytes above it, so the lowest flag is right.
-		if odd := (w | (w - ones*' ') | (quotes - ones) | (slashes - ones)) & highs; odd != 0 {
-			if odd &= w | (w-ones*' ')&^w | (quotes-ones)&^quotes | (slashes-ones)&^slashes; odd != 0 {
-				return i + bits.TrailingZeros64(odd)/8
-			}
+		if odd := odd(binary.LittleEndian.Uint64(b[i:])); odd != 0 {
+			return i + bits.TrailingZeros64(odd)/8
 		}
 	}
 	for ; i < len(b); i++ {
@@ -293,6 +335,16 @@ func plain(b []byte) int {
 		}
 	}
 	return i
+}
+
+// odd flags, by its highest bit, the lowest byte of w that does not stand in a JSON string as it is, and perhaps some above it: a
+// subtraction borrows only from a byte that is flagged itself, and only for those above it.
+func odd(w uint64) uint64 {
+	const (
+		ones  = 0x0101010101010101
+		highs = 0x8080808080808080
+	)
+	return (w | (w - ones*' ') | ((w ^ ones*'"') - ones) | ((w ^ ones*'\\') - ones)) & highs
 }
 
 func appendEscaped(dst, text []byte) []byte {
