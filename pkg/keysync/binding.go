@@ -1,0 +1,280 @@
+package keysync
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
+)
+
+// maxBindingBytes is far above what 100,000 sites need.
+const maxBindingBytes = 64 << 20
+
+// bindingFile is the file's form. It exists to be read and written, never to be printed:
+// its texts are secrets.
+type bindingFile struct {
+	Version int                    `json:"version"`
+	Sites   map[string]bindingSite `json:"sites"`
+}
+
+type bindingSite struct {
+	Lane string       `json:"lane"` // base64 of 32 bytes
+	Keys []bindingKey `json:"keys"` // newest first
+}
+
+type bindingKey struct {
+	ID  string `json:"id"`
+	Key string `json:"key"` // base64 of 32 bytes
+}
+
+// ReadBindingFile reads the binding and lane keys of the sites in a file:
+//
+//	{"version": 1, "sites": {"<site>": {"lane": "<base64>", "keys": [{"id": "b1", "key": "<base64>"}]}}}
+//
+// Each key is 32 random bytes in standard base64; the newest binding key stands first.
+// The file must be a regular one that only its owner can reach (mode 0600 or stricter).
+// Unknown, missing and repeated members are errors; all mistakes are reported at once,
+// and no error quotes a key.
+func ReadBindingFile(path string) (map[string]*envelope.Binding, error) {
+	_, bindings, err := readBindings(path)
+	return bindings, err
+}
+
+func readBindings(path string) (bindingFile, map[string]*envelope.Binding, error) {
+	raw, err := readPrivate(path, 0o077, maxBindingBytes)
+	if err != nil {
+		return bindingFile{}, nil, err
+	}
+	file, err := parseBindings(raw)
+	if err != nil {
+		return bindingFile{}, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	bindings := make(map[string]*envelope.Binding, len(file.Sites))
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(file.Sites)) {
+		b, err := newBinding(name, file.Sites[name])
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: sites.%s: %w", path, name, err))
+			continue
+		}
+		bindings[name] = b
+	}
+	if len(errs) > 0 {
+		return bindingFile{}, nil, errors.Join(errs...)
+	}
+	return file, bindings, nil
+}
+
+// parseBindings reads the file's form, strictly: a member that is misspelt or given
+// twice would else be a key that is silently not there.
+func parseBindings(raw []byte) (bindingFile, error) {
+	top, err := exactly(raw, "version", "sites")
+	if err != nil {
+		return bindingFile{}, err
+	}
+	file := bindingFile{Version: 1, Sites: map[string]bindingSite{}}
+	if v := string(top["version"]); v != "1" {
+		return bindingFile{}, errors.New("version: only 1 is known")
+	}
+	sites, err := members(top["sites"])
+	if err != nil {
+		return bindingFile{}, fmt.Errorf("sites: %w", err)
+	}
+	var errs []error
+	for _, m := range sites {
+		if _, twice := file.Sites[m.name]; twice {
+			errs = append(errs, fmt.Errorf("sites.%s: %w", m.name, errRepeated))
+			continue
+		}
+		s, err := parseBindingSite(m.value)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("sites.%s%w", m.name, err))
+		}
+		file.Sites[m.name] = s
+	}
+	return file, errors.Join(errs...)
+}
+
+// parseBindingSite reads one site. Its error begins with the member it is about.
+func parseBindingSite(raw []byte) (bindingSite, error) {
+	in, err := exactly(raw, "lane", "keys")
+	if err != nil {
+		return bindingSite{}, fmt.Errorf(": %w", err)
+	}
+	var s bindingSite
+	if json.Unmarshal(in["lane"], &s.Lane) != nil {
+		return bindingSite{}, errors.New(".lane: a text was expected")
+	}
+	var keys []json.RawMessage
+	if json.Unmarshal(in["keys"], &keys) != nil {
+		return bindingSite{}, errors.New(".keys: a list was expected")
+	}
+	for i, raw := range keys {
+		in, err := exactly(raw, "id", "key")
+		if err != nil {
+			return bindingSite{}, fmt.Errorf(".keys[%d]: %w", i, err)
+		}
+		var k bindingKey
+		if json.Unmarshal(in["id"], &k.ID) != nil || json.Unmarshal(in["key"], &k.Key) != nil {
+			return bindingSite{}, fmt.Errorf(".keys[%d]: texts were expected", i)
+		}
+		s.Keys = append(s.Keys, k)
+	}
+	return s, nil
+}
+
+// exactly splits an object that must have these members, each once, and no others.
+func exactly(raw []byte, names ...string) (map[string]json.RawMessage, error) {
+	o, err := members(raw)
+	if err != nil {
+		return nil, err
+	}
+	in := make(map[string]json.RawMessage, len(names))
+	for _, name := range names {
+		if in[name], err = o.one(name); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	for _, m := range o {
+		if !slices.Contains(names, m.name) {
+			return nil, fmt.Errorf("%q is not known here", m.name)
+		}
+	}
+	return in, nil
+}
+
+func newBinding(name string, s bindingSite) (*envelope.Binding, error) {
+	secret, err := secret32(s.Lane)
+	if err != nil {
+		return nil, fmt.Errorf("lane: %w", err)
+	}
+	lane, err := envelope.NewLaneKey(secret)
+	if err != nil {
+		return nil, fmt.Errorf("lane: %w", err)
+	}
+	keys := make([]*envelope.BindingKey, 0, len(s.Keys))
+	for i, k := range s.Keys {
+		secret, err := secret32(k.Key)
+		if err != nil {
+			return nil, fmt.Errorf("keys[%d].key: %w", i, err)
+		}
+		key, err := envelope.NewBindingKey(k.ID, secret)
+		if err != nil {
+			return nil, fmt.Errorf("keys[%d]: %w", i, err)
+		}
+		keys = append(keys, key)
+	}
+	return envelope.NewBinding(name, lane, keys...)
+}
+
+// secret32 decodes a key without ever quoting it.
+func secret32(text string) ([]byte, error) {
+	b, err := base64.StdEncoding.Strict().DecodeString(text)
+	if err != nil {
+		return nil, errors.New("not standard base64")
+	}
+	if len(b) != 32 {
+		return nil, fmt.Errorf("%d bytes, 32 were expected", len(b))
+	}
+	return b, nil
+}
+
+// MintBindingFile makes new random keys for the sites that the file lacks, and the file
+// itself if it does not exist. What is there stays: a lane key that changed would put an
+// order's update into another lane than the order. The file is replaced in one step, with
+// mode 0600; two runs at once exclude each other. A file that [ReadBindingFile] refuses is
+// left alone.
+func MintBindingFile(path string, sites []string) error {
+	var errs []error
+	for _, s := range sites {
+		if err := envelope.ValidName(s); err != nil {
+			errs = append(errs, fmt.Errorf("mint binding keys: %w", err))
+		}
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	// A link is followed, so that the file behind it is replaced and not the link.
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		path = real
+	}
+	if err := mint(path, sites); err != nil {
+		return fmt.Errorf("mint binding keys: %w", err)
+	}
+	return nil
+}
+
+func mint(path string, sites []string) (err error) {
+	// The new file under its fixed name is the lock as well.
+	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+	out, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("%s exists: another run is at work, or one was cut off: in the latter case remove that file and run again", tmp)
+	}
+	if err != nil {
+		return err
+	}
+	done := false
+	defer func() {
+		if !done {
+			err = errors.Join(err, out.Close(), os.Remove(tmp))
+		}
+	}()
+
+	file := bindingFile{Version: 1, Sites: map[string]bindingSite{}}
+	if _, statErr := os.Lstat(path); !errors.Is(statErr, os.ErrNotExist) {
+		if file, _, err = readBindings(path); err != nil {
+			return err
+		}
+	}
+	added := 0
+	for _, s := range sites {
+		if _, has := file.Sites[s]; !has {
+			file.Sites[s] = bindingSite{Lane: newSecret32(), Keys: []bindingKey{{ID: "b1", Key: newSecret32()}}}
+			added++
+		}
+	}
+	if added == 0 && len(file.Sites) > 0 {
+		return nil
+	}
+	var text bytes.Buffer
+	enc := json.NewEncoder(&text)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(file); err != nil {
+		return err
+	}
+	if _, err := out.Write(text.Bytes()); err != nil {
+		return err
+	}
+	if err := out.Sync(); err != nil {
+		return err
+	}
+	done = true
+	if err := errors.Join(out.Close(), os.Rename(tmp, path)); err != nil {
+		return errors.Join(err, os.Remove(tmp))
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// syncDir makes the rename itself durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+func newSecret32() string {
+	var b [32]byte
+	rand.Read(b[:])
+	return base64.StdEncoding.EncodeToString(b[:])
+}

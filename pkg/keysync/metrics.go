@@ -1,0 +1,64 @@
+package keysync
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+var (
+	keyringAge = prometheus.NewDesc("kb_keysync_keyring_age_seconds",
+		"Time since the Portal last confirmed a site's keys, the largest over all sites; since the start for a site never fetched.", nil, nil)
+	keyEnds = prometheus.NewDesc("kb_keysync_key_ends_seconds",
+		"Time until a site's last key ends, the smallest over all encrypting sites; negative when one has none valid any more. Absent without such a site.", nil, nil)
+)
+
+// ages computes the gauges when they are asked for.
+type ages struct{ keys *Keys }
+
+func (k *Keys) register(r prometheus.Registerer) error {
+	k.count = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "kb_keysync_fetch_total",
+		Help: "Fetches of a site from the Portal, by result: changed, unchanged, or the reason why nothing was changed.",
+	}, []string{"result"})
+	for _, r := range reasons {
+		k.count.WithLabelValues(string(r))
+	}
+	if r == nil {
+		return nil
+	}
+	if err := r.Register(k.count); err != nil {
+		return err
+	}
+	if err := r.Register(ages{k}); err != nil {
+		r.Unregister(k.count)
+		return err
+	}
+	return nil
+}
+
+func (a ages) Describe(ch chan<- *prometheus.Desc) {
+	ch <- keyringAge
+	ch <- keyEnds
+}
+
+func (a ages) Collect(ch chan<- prometheus.Metric) {
+	now := time.Now()
+	var age, ends time.Duration
+	var ending bool
+	for _, st := range a.keys.sites {
+		s := st.now.Load()
+		since := s.Fetched
+		if since.IsZero() {
+			since = a.keys.born
+		}
+		age = max(age, now.Sub(since))
+		if end, ok := lastEnd(s); ok && (!ending || end.Sub(now) < ends) {
+			ends, ending = end.Sub(now), true
+		}
+	}
+	ch <- prometheus.MustNewConstMetric(keyringAge, prometheus.GaugeValue, age.Seconds())
+	if ending {
+		ch <- prometheus.MustNewConstMetric(keyEnds, prometheus.GaugeValue, ends.Seconds())
+	}
+}
