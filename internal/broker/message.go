@@ -46,17 +46,18 @@ type Delivery struct {
 	Header  map[string][]string
 	Body    []byte
 
-	ack func() error
+	// AckFunc is what Ack does; the broker sets it. nil: nothing.
+	AckFunc func() error
 }
 
 // Ack tells the hub that the event is settled. It does not wait: an acknowledgement
 // that is lost costs a redelivery. A delivery of a Feed needs none; Ack then does
 // nothing. Error: ErrStale, or that the hub is away. Safe for concurrent use.
 func (d *Delivery) Ack() error {
-	if d.ack == nil {
+	if d.AckFunc == nil {
 		return nil
 	}
-	return d.ack()
+	return d.AckFunc()
 }
 
 // DeadLetter is one message on dlq.<site>.<kind>: a delivery that was given up. The
