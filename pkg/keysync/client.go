@@ -12,10 +12,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
@@ -216,11 +218,26 @@ func isToken(text string) bool {
 func (p *client) do(ctx context.Context, req *http.Request, limit int64) (status int, _ http.Header, body []byte, _ error) {
 	bounded, cancel := context.WithTimeoutCause(ctx, p.timeout, errTimeout)
 	defer cancel()
+	var connected atomic.Bool
+	bounded = httptrace.WithClientTrace(bounded, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { connected.Store(true) },
+	})
+	broken := func(err error) error {
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case errors.Is(context.Cause(bounded), errTimeout):
+			return &fetchError{reason: timedOut, text: fmt.Sprintf("no complete answer within %v", p.timeout), cause: err}
+		case connected.Load():
+			return &fetchError{reason: cutOff, text: "the connection ended before a whole HTTP answer was there", cause: err}
+		}
+		return noConn(err)
+	}
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", "kitchenbridge")
 	resp, err := p.http.Do(req.WithContext(bounded))
 	if err != nil {
-		return 0, nil, nil, p.broken(ctx, bounded, err)
+		return 0, nil, nil, broken(err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode >= 300 {
@@ -230,7 +247,7 @@ func (p *client) do(ctx context.Context, req *http.Request, limit int64) (status
 	}
 	body, err = io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if err != nil {
-		return 0, nil, nil, p.broken(ctx, bounded, err)
+		return 0, nil, nil, broken(err)
 	}
 	if int64(len(body)) > limit {
 		return 0, nil, nil, refused(tooLarge, "the answer is longer than %d bytes", limit)
@@ -238,31 +255,20 @@ func (p *client) do(ctx context.Context, req *http.Request, limit int64) (status
 	return resp.StatusCode, resp.Header, body, nil
 }
 
-// broken says why no whole answer came. The texts of net/http quote URLs and whatever a
-// server sent in place of HTTP, so only those of the lower layers are passed on.
-func (p *client) broken(ctx, bounded context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	if u, ok := errors.AsType[*url.Error](err); ok {
-		err = u.Err
-	}
-	if errors.Is(context.Cause(bounded), errTimeout) {
-		return &fetchError{reason: timedOut, text: fmt.Sprintf("no complete answer within %v", p.timeout), cause: err}
-	}
-	e := &fetchError{reason: noConnection, text: "no usable HTTP answer", cause: err}
+// noConn says why there is no connection. The texts of net/http quote URLs and whatever
+// a server sent in place of HTTP, so only those of the lower layers are passed on.
+func noConn(err error) *fetchError {
+	e := &fetchError{reason: noConnection, text: "no connection", cause: err}
 	if cert, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		e.reason, e.text = badTLS, "certificate: "+cert.Err.Error()+": does portal.ca_file name the right authority?"
-	} else if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
-		e.reason, e.text = badTLS, "the other side does not speak TLS"
 	} else if alert, ok := errors.AsType[tls.AlertError](err); ok {
 		e.reason, e.text = badTLS, alert.Error()
+	} else if _, ok := errors.AsType[tls.RecordHeaderError](err); ok || errors.Is(err, http.ErrSchemeMismatch) {
+		e.reason, e.text = badTLS, "the other side does not speak TLS"
 	} else if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		e.text = dns.Error()
-	} else if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
+	} else if op, ok := errors.AsType[*net.OpError](err); ok {
 		e.text = op.Error()
-	} else if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || ok {
-		e.reason, e.text = cutOff, "the connection ended before the whole answer was there"
 	}
 	return e
 }

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -216,6 +215,13 @@ func (f *fakePortal) fail(site string, err error) {
 	f.errs[site] = err
 }
 
+// all returns when anything was asked, and the most requests under way at once.
+func (f *fakePortal) all() (_ []time.Time, most int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.asked), f.most
+}
+
 func (f *fakePortal) count(site string) int { return len(f.times(site)) }
 
 func (f *fakePortal) times(site string) []time.Time {
@@ -295,8 +301,6 @@ func fingerprints(s *Site) []string {
 	slices.Sort(out)
 	return out
 }
-
-func keysOf[M ~map[K]V, K ~string, V any](m M) []K { return slices.Sorted(maps.Keys(m)) }
 
 // await polls until ok, for at most ten seconds of real time.
 func await(t *testing.T, what string, ok func() bool) {

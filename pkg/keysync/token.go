@@ -27,8 +27,8 @@ type tokens struct {
 	err      error     // of the latest attempt
 }
 
-// dropEvery is how often a 401 may cost the token. Without a bound, one site that always
-// gets 401 would have a token issued at every poll.
+// dropEvery is how often a 401 may cost an issued token. Without a bound, one site that
+// always gets 401 would have a token issued at every poll.
 const dropEvery = time.Minute
 
 func newTokens(life time.Duration, obtain func(context.Context) (envelope.Secret, error)) *tokens {
@@ -104,7 +104,7 @@ func (s *tokens) drop(token envelope.Secret) bool {
 		return true // somebody was faster
 	}
 	now := time.Now()
-	if now.Sub(s.dropped) < dropEvery {
+	if s.life > 0 && now.Sub(s.dropped) < dropEvery {
 		return false
 	}
 	s.token, s.dropped = "", now
