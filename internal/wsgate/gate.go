@@ -70,7 +70,6 @@ type Gate struct {
 	mu        sync.Mutex
 	listeners []net.Listener
 	closing   bool
-	taken     int                  // places reserved, those of sessions included
 	open      map[*screen]struct{} // sessions whose goroutines are not all gone
 }
 
@@ -326,51 +325,26 @@ func (g *Gate) all() []*screen {
 	return slices.Collect(maps.Keys(g.open))
 }
 
-// reserve takes a place for one more screen.
-func (g *Gate) reserve() *door.Refusal {
+// begin starts the session of s, or says why there is no place for it.
+func (g *Gate) begin(s *screen) *door.Refusal {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	switch {
 	case g.closing:
 		return busy("The gateway is stopping. Try again.", "stopping")
-	case g.taken >= g.cfg.MaxConnections:
+	case len(g.open) >= g.cfg.MaxConnections:
 		return busy("There are as many screens as this gateway takes. Try again.", "full")
 	}
-	g.taken++
-	return nil
-}
-
-func (g *Gate) release() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.taken--
-}
-
-// begin starts the session of s, for which a place is reserved; false when the gateway
-// began to stop in the meantime.
-func (g *Gate) begin(s *screen) bool {
-	g.mu.Lock()
-	if g.closing {
-		g.mu.Unlock()
-		return false
-	}
-	// Under the lock, so that a session which is to be ended at once has entered before.
+	// Under the lock, so that whoever ends all sessions finds each in its hall.
 	s.hall.enter(s)
 	g.open[s] = struct{}{}
 	g.sessions.Go(func() {
 		s.serve()
-		g.over(s)
+		g.mu.Lock()
+		delete(g.open, s)
+		g.mu.Unlock()
 	})
-	g.mu.Unlock()
-	return true
-}
-
-// over gives back what a session held.
-func (g *Gate) over(s *screen) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	delete(g.open, s)
-	g.taken--
+	return nil
 }
 
 // shutdown turns newcomers away, closes all screens and waits for them, at most Drain.

@@ -65,15 +65,12 @@ func (g *Gate) handshake(w http.ResponseWriter, r *http.Request, pathSite string
 		g.refuse(w, r, busy("The gateway is cut off from the hub, so a screen would show nothing. Try again.", "feed-stale"))
 		return
 	}
-	if refusal := g.reserve(); refusal != nil {
+	s := newScreen(g, hall, visitor.Who)
+	if refusal := g.begin(s); refusal != nil {
 		g.refuse(w, r, refusal)
 		return
 	}
-	g.admit(w, r, hall, visitor.Who)
-}
-
-// admit upgrades the connection, for which a place is reserved, and begins its session.
-func (g *Gate) admit(w http.ResponseWriter, r *http.Request, hall *hall, who string) {
+	defer close(s.upgraded)
 	upgrader := g.plain
 	if deflateOffered(r.Header) {
 		upgrader = g.deflating
@@ -81,16 +78,10 @@ func (g *Gate) admit(w http.ResponseWriter, r *http.Request, hall *hall, who str
 	conn, err := upgrader.Upgrade(w, r, nil)
 	if err != nil {
 		// Upgrade has answered, unless the connection broke.
-		g.release()
 		g.log.Debug("handshake ended", "site", hall.site, "err", err)
 		return
 	}
-	s := &screen{gate: g, hall: hall, conn: conn, who: who, place: -1}
-	if !g.begin(s) {
-		defer g.release()
-		defer conn.Close()
-		_ = conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(byeShutdown.code, byeShutdown.text), time.Now().Add(closeWait))
-	}
+	s.upgraded <- conn
 }
 
 // upgrader makes the upgrader for screens with or without compression.

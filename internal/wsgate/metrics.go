@@ -20,15 +20,16 @@ const (
 
 // Why a screen's socket ended.
 const (
-	closeClient   = "client"   // the screen closed it
-	closeGone     = "gone"     // the network did
-	closeProtocol = "protocol" // the screen broke the protocol, or sent too large a message
-	closeMessage  = "message"  // the screen sent a message, which this gateway does not take
-	closeSlow     = "slow"     // its queue was full
-	closeWrite    = "write"    // a frame did not leave in time
-	closeStale    = "stale"    // the hub was silent for too long
-	closeGap      = "gap"      // the feed may have missed events
-	closeShutdown = "shutdown" // the gateway stopped
+	closeHandshake = "handshake" // the handshake's answer did not reach it
+	closeClient    = "client"    // the screen closed it
+	closeGone      = "gone"      // the network did
+	closeProtocol  = "protocol"  // the screen broke the protocol, or sent too large a message
+	closeMessage   = "message"   // the screen sent a message, which this gateway does not take
+	closeSlow      = "slow"      // its queue was full
+	closeWrite     = "write"     // a frame did not leave in time
+	closeStale     = "stale"     // the hub was silent for too long
+	closeGap       = "gap"       // the feed may have missed events
+	closeShutdown  = "shutdown"  // the gateway stopped
 )
 
 type metrics struct {
@@ -57,7 +58,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	for _, reason := range []string{dropMalformed, dropTag, dropExpired, dropRepeated, dropKeys, dropRewrap, dropSlow, dropClosed} {
 		m.drops.WithLabelValues(reason)
 	}
-	for _, reason := range []string{closeClient, closeGone, closeProtocol, closeMessage, closeSlow, closeWrite, closeStale, closeGap, closeShutdown} {
+	for _, reason := range []string{closeHandshake, closeClient, closeGone, closeProtocol, closeMessage, closeSlow, closeWrite, closeStale, closeGap, closeShutdown} {
 		m.closes.WithLabelValues(reason)
 	}
 	if r == nil {

@@ -43,6 +43,7 @@ type farewell struct {
 }
 
 var (
+	byeRefused  = &farewell{reason: closeHandshake}
 	byeGone     = &farewell{reason: closeGone}
 	byeClient   = &farewell{reason: closeClient}
 	byeProtocol = &farewell{reason: closeProtocol}
@@ -55,19 +56,25 @@ var (
 )
 
 // screen is one session. While nothing is queued it holds one goroutine, which reads.
+//
+// It is in its hall before the handshake is answered, so that the screen misses nothing
+// of what comes after the answer.
 type screen struct {
 	// Fixed at birth.
-	gate *Gate
-	hall *hall
+	gate     *Gate
+	hall     *hall
+	who      string               // name of its token
+	upgraded chan *websocket.Conn // gives the connection, or is closed without
+
+	// conn is set under mu once upgraded gave it, before anybody reads or writes.
 	conn *websocket.Conn
-	who  string // name of its token
 
 	// Guarded by hall.mu.
 	place int // in hall.screens, -1 = not in it
 
 	// writers counts the writer, which is started when there is something to write and
-	// ends when there is nothing: at most one at a time. It is only started under mu and
-	// before bye is set, or in the moment it is.
+	// ends when there is nothing: at most one at a time. It is started under mu, and
+	// never again once serve waits for it.
 	writers sync.WaitGroup
 
 	// Guarded by mu.
@@ -76,26 +83,57 @@ type screen struct {
 	head    int
 	bytes   int  // of what waits
 	alive   bool // a heartbeat waits; a second one would say nothing more
-	writing bool
-	bye     *farewell // set once
+	writing bool // a writer is at work, or there is no connection yet
+	severed bool // the connection is to be closed, or is
+	bye     *farewell
 }
 
-// serve is the session's life from the upgrade on.
+func newScreen(g *Gate, h *hall, who string) *screen {
+	return &screen{gate: g, hall: h, who: who, upgraded: make(chan *websocket.Conn, 1), place: -1, writing: true}
+}
+
+// serve is the session's life.
 func (s *screen) serve() {
+	conn, ok := <-s.upgraded
+	if !ok {
+		s.end(byeRefused)
+		return
+	}
 	s.gate.metrics.screens.Inc()
 	defer s.gate.metrics.screens.Dec()
 	s.gate.log.Info("screen came", "site", s.hall.site, "who", s.who)
+	s.start(conn)
 	s.end(s.read())
 	s.cut()
 	s.writers.Wait()
 }
 
+// start begins to write what has come since the screen is in its hall.
+func (s *screen) start(conn *websocket.Conn) {
+	s.mu.Lock()
+	s.conn = conn
+	severed := s.severed
+	if !severed {
+		s.writing = false
+		if s.head < len(s.queue) || s.alive || s.bye != nil {
+			s.wake()
+		}
+	}
+	s.mu.Unlock()
+	if severed {
+		conn.Close()
+	}
+}
+
 // cut closes the socket, whatever is under way, and returns how many frames still waited.
 func (s *screen) cut() int {
-	s.conn.Close()
 	s.mu.Lock()
-	left := s.forget()
+	s.severed = true
+	conn, left := s.conn, s.forget()
 	s.mu.Unlock()
+	if conn != nil {
+		conn.Close()
+	}
 	s.gate.metrics.drop(dropClosed, left)
 	return left
 }
