@@ -118,7 +118,13 @@ func (c Config) Validate() error {
 	if len(c.Screens.Listen) > 0 {
 		errs = append(errs, below("screens.", c.screens().Validate())...)
 	}
-	return errors.Join(errs...)
+	// A site's name is checked by every part that knows the site; once is enough to read.
+	said := make(map[string]bool)
+	return errors.Join(slices.DeleteFunc(errs, func(err error) bool {
+		again := said[err.Error()]
+		said[err.Error()] = true
+		return again
+	})...)
 }
 
 // cipher is what holds for a site.
