@@ -94,10 +94,16 @@ func newClient(c PortalConfig) (*client, error) {
 		p.scheme = c.AuthScheme + " "
 	}
 	if c.TokenFile != "" {
-		if _, err := readSecret(c.TokenFile); err != nil {
+		if _, err := readToken(c.TokenFile); err != nil {
 			errs = append(errs, fmt.Errorf("portal.token_file: %w", err))
 		}
-		p.tokens = newTokens(0, func(context.Context) (envelope.Secret, error) { return readToken(c.TokenFile) })
+		p.tokens = newTokens(0, func(context.Context) (envelope.Secret, error) {
+			token, err := readToken(c.TokenFile)
+			if err != nil {
+				return "", refused(tokenFailed, "portal.token_file: %w", err)
+			}
+			return token, nil
+		})
 	} else {
 		if _, err := readSecret(c.SecretKeyFile); err != nil {
 			errs = append(errs, fmt.Errorf("portal.secret_key_file: %w", err))
@@ -332,15 +338,10 @@ func readSecret(path string) (envelope.Secret, error) {
 // readToken is readSecret for what must stand in a header.
 func readToken(path string) (envelope.Secret, error) {
 	token, err := readSecret(path)
-	if err != nil {
-		return "", refused(tokenFailed, "portal.token_file: %w", err)
+	if strings.ContainsFunc(token.Reveal(), func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return "", fmt.Errorf("%s holds something else than one token of visible ASCII characters", path)
 	}
-	for _, c := range []byte(token.Reveal()) {
-		if c <= ' ' || c > '~' {
-			return "", refused(tokenFailed, "portal.token_file: %s holds more than one token of visible ASCII characters", path)
-		}
-	}
-	return token, nil
+	return token, err
 }
 
 // readPrivate reads a regular file of at most limit bytes, none of whose permission bits

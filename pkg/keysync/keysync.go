@@ -126,10 +126,10 @@ type Keys struct {
 
 	mu sync.Mutex
 	// Guarded by mu.
-	hold    time.Time            // the Portal's rate limit: no request before
-	unknown map[string]time.Time // site and fingerprint: not asked for again before
-	failing int                  // sites whose latest fetch failed
-	many    bool                 // so many that not each one was logged
+	hold    time.Time // the Portal's rate limit: no request before
+	unknown unknowns  // by site and fingerprint
+	failing int       // sites whose latest fetch failed
+	many    bool      // so many that not each one was logged
 }
 
 // siteState is one site's place in Keys.
@@ -177,15 +177,14 @@ func New(cfg Config) (*Keys, error) {
 		return nil, fmt.Errorf("keysync: %w", err)
 	}
 	k := &Keys{
-		sites:   make(map[string]*siteState, len(cfg.Sites)),
-		path:    strings.Split(cfg.Portal.Path, "."),
-		poll:    cfg.Portal.Poll,
-		born:    time.Now(),
-		log:     cfg.Log,
-		get:     portal.get,
-		close:   portal.http.CloseIdleConnections,
-		derive:  make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
-		unknown: make(map[string]time.Time),
+		sites:  make(map[string]*siteState, len(cfg.Sites)),
+		path:   strings.Split(cfg.Portal.Path, "."),
+		poll:   cfg.Portal.Poll,
+		born:   time.Now(),
+		log:    cfg.Log,
+		get:    portal.get,
+		close:  portal.http.CloseIdleConnections,
+		derive: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
 	}
 	k.life, k.end = context.WithCancelCause(context.Background())
 	if k.log == nil {

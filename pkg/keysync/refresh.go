@@ -18,8 +18,7 @@ const (
 	// again; less than a poll, which would find it anyway.
 	unknownFor = 30 * time.Second
 
-	// maxUnknown bounds the memory of unknown fingerprints over all sites. When it is full,
-	// those whose time is over go first, then any: the worst is one request more.
+	// maxUnknown bounds the memory of unknown fingerprints over all sites.
 	maxUnknown = 4096
 
 	// maxFingerprint is the longest fingerprint a key can have.
@@ -235,28 +234,30 @@ func usableNow(s *Site, fingerprint string) bool {
 	return ok && !now.Before(key.ValidAfter()) && now.Before(key.ValidUntil())
 }
 
+// unknowns remembers until when a fingerprint is not asked for again, in two halves: when
+// the newer one is full, the older one is forgotten. The worst that does is one request
+// more.
+type unknowns struct{ newer, older map[string]time.Time }
+
+func (u *unknowns) has(id string, now time.Time) bool {
+	return now.Before(u.newer[id]) || now.Before(u.older[id])
+}
+
+func (u *unknowns) add(id string, until time.Time) {
+	if u.newer == nil || len(u.newer) >= maxUnknown/2 {
+		u.newer, u.older = make(map[string]time.Time), u.newer
+	}
+	u.newer[id] = until
+}
+
 func (k *Keys) isUnknown(id string) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return time.Now().Before(k.unknown[id])
+	return k.unknown.has(id, time.Now())
 }
 
 func (k *Keys) addUnknown(id string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	now := time.Now()
-	if len(k.unknown) >= maxUnknown {
-		for id, until := range k.unknown {
-			if !now.Before(until) {
-				delete(k.unknown, id)
-			}
-		}
-		for id := range k.unknown {
-			if len(k.unknown) < maxUnknown {
-				break
-			}
-			delete(k.unknown, id)
-		}
-	}
-	k.unknown[id] = now.Add(min(unknownFor, k.poll))
+	k.unknown.add(id, time.Now().Add(min(unknownFor, k.poll)))
 }

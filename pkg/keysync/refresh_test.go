@@ -235,15 +235,18 @@ func TestMemoryOfUnknownFingerprintsIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := fakeRig(t, newFakePortal(), 0, "s1")
 		for i := range 3 * maxUnknown {
-			r.addUnknown(fmt.Sprint("s1\x00", i))
-		}
-		if got := len(r.unknown); got > maxUnknown {
-			t.Errorf("%d remembered, want at most %d", got, maxUnknown)
+			id := fmt.Sprint("s1\x00", i)
+			r.addUnknown(id)
+			if !r.isUnknown(id) {
+				t.Fatalf("entry %d was not remembered", i)
+			}
+			if got := len(r.unknown.newer) + len(r.unknown.older); got > maxUnknown {
+				t.Fatalf("%d remembered, want at most %d", got, maxUnknown)
+			}
 		}
 		time.Sleep(unknownFor)
-		r.addUnknown("s1\x00last")
-		if got := len(r.unknown); got != 1 {
-			t.Errorf("%d remembered after all but one have ended, want 1", got)
+		if r.isUnknown(fmt.Sprint("s1\x00", 3*maxUnknown-1)) {
+			t.Error("remembered for longer than its time")
 		}
 	})
 }
