@@ -33,7 +33,7 @@ func IsBindingFingerprint(fp []byte) bool { return bytes.HasPrefix(fp, []byte(bi
 type BindingKey struct {
 	id   string
 	form form
-	sub  *bindingSubKeys // behind a pointer so that printing by reflection shows an address
+	sub  *bindingSubKeys
 }
 
 type bindingSubKeys struct {

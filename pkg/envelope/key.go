@@ -31,6 +31,18 @@ type KeyConfig struct {
 	SealFrom time.Time
 }
 
+// String gives everything but the pass phrase.
+func (c KeyConfig) String() string {
+	return fmt.Sprintf("{fingerprint %s, pass phrase %s, valid %s to %s, seal from %s}", quote(c.Fingerprint), redacted,
+		c.ValidAfter.Format(time.RFC3339), c.ValidUntil.Format(time.RFC3339), c.sealFrom().Format(time.RFC3339))
+}
+
+// Format prints String under every verb.
+func (c KeyConfig) Format(f fmt.State, _ rune) { io.WriteString(f, c.String()) }
+
+// LogValue is String.
+func (c KeyConfig) LogValue() slog.Value { return slog.StringValue(c.String()) }
+
 // Key is one Portal key of a site. It is immutable and safe for concurrent use. Its cipher is derived on first use, once, and
 // shared by all copies made with WithSealFrom; so is its count of seals.
 type Key struct {
@@ -41,9 +53,10 @@ type Key struct {
 	derived                          *derived
 }
 
-// derived is behind a pointer so that printing a Key by reflection shows an address.
+// derived is what copies of a Key share. The pass phrase is in a closure because fmt, which asks nobody about unexported fields, also
+// follows a pointer in one when the verb does not fit; no way of printing looks into a function.
 type derived struct {
-	phrase Secret
+	phrase func() Secret
 	once   sync.Once
 	suite  atomic.Pointer[suite] // nil until derived, and when that failed
 	err    error
@@ -63,7 +76,7 @@ func NewKey(s Settings, c KeyConfig) (*Key, error) {
 		sealFrom:    c.sealFrom(),
 		settings:    s,
 		form:        newForm(s, c.Fingerprint),
-		derived:     &derived{phrase: c.Passphrase},
+		derived:     &derived{phrase: func() Secret { return c.Passphrase }},
 	}, nil
 }
 
@@ -136,7 +149,7 @@ func (k *Key) WithSealFrom(t time.Time) *Key {
 // Matches reports whether NewKey(s, c) would make this key again, SealFrom aside: then keep this one and its derivation, and set
 // SealFrom with WithSealFrom.
 func (k *Key) Matches(s Settings, c KeyConfig) bool {
-	return k.settings == s.normal() && k.fingerprint == c.Fingerprint && k.derived.phrase == c.Passphrase &&
+	return k.settings == s.normal() && k.fingerprint == c.Fingerprint && k.derived.phrase() == c.Passphrase &&
 		k.validAfter.Equal(c.ValidAfter) && k.validUntil.Equal(c.ValidUntil)
 }
 
@@ -154,7 +167,7 @@ func (k *Key) suite() (*suite, error) {
 	}
 	d.once.Do(func() {
 		var c *suite
-		c, d.err = derive(k.settings, d.phrase)
+		c, d.err = derive(k.settings, d.phrase())
 		d.suite.Store(c)
 	})
 	return d.suite.Load(), d.err

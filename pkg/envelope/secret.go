@@ -8,11 +8,13 @@ import (
 
 const redacted = "[redacted]"
 
-// Secret is a text that must not be printed: a pass phrase, a token. Every way of printing, logging or marshalling it gives
-// "[redacted]"; only Reveal gives the text.
+// Secret is a text that must not be printed: a pass phrase, a token. Printing, logging and marshalling it give "[redacted]"; only
+// Reveal gives the text.
 //
-// fmt calls no methods on what it reaches through an unexported struct field. A type that keeps a Secret in one must redact itself,
-// as the types of this package do.
+// Being a string it has three limits, which its users keep in mind: fmt calls no methods on what it reaches through an unexported
+// field, nor through a pointer under a verb that fits no pointer (%s of a *Config whose field is a Secret), nor for %p; and
+// encoding/json writes the keys of a map as they are. A type that holds a Secret therefore has a Format method, as those of this
+// package have.
 type Secret string
 
 // Reveal returns the text.
