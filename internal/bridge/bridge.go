@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -98,12 +99,19 @@ func (b *Bridge) Run(ctx context.Context) (err error) {
 		}
 	}
 
+	var settled atomic.Bool // the hub's assets are as they should be
 	g, ctx := errgroup.WithContext(ctx)
 	if b.cfg.Admin.Listen != "off" {
 		ops, err := admin.New(admin.Config{Listen: b.cfg.Admin.Listen, Metrics: b.metrics, Log: b.log, Ready: map[string]func() error{
 			"hub": func() error {
 				if !hub.Connected() {
 					return errors.New(hub.Status())
+				}
+				return nil
+			},
+			"assets": func() error {
+				if !settled.Load() {
+					return errors.New("the hub's streams and consumers have not been checked yet")
 				}
 				return nil
 			},
@@ -122,6 +130,7 @@ func (b *Bridge) Run(ctx context.Context) (err error) {
 			}
 			return err
 		}
+		settled.Store(true)
 		b.log.Info("hub ready", "durability", hub.Durability(), "partitions", hub.Partitions())
 		inner, ctx := errgroup.WithContext(ctx)
 		inner.Go(func() error { return deliver.Run(ctx) })

@@ -96,6 +96,12 @@ func (p *Process) PID() int { return p.cmd.Process.Pid }
 // Done is closed when the program has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
+// Ended returns how a program ended by itself, with the last lines of its log. Call it
+// after Done is closed.
+func (p *Process) Ended() error {
+	return fmt.Errorf("%s ended by itself: %v\n%s", p.name, p.err, p.Tail())
+}
+
 // Kill ends the program as a crash would (SIGKILL) and waits for its end.
 func (p *Process) Kill() {
 	_ = p.cmd.Process.Kill()

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -52,6 +53,8 @@ type Config struct {
 	Behaviour kitchen.Behaviour
 	// OnProcessed is called for every request the Kitchen processes.
 	OnProcessed func(kitchen.Record)
+	// Log of the stubs. Default slog.Default().
+	Log *slog.Logger
 }
 
 // Ports are preferred addresses, "" for any.
@@ -119,7 +122,7 @@ func Prepare(ctx context.Context, cfg Config) (s *Stack, err error) {
 		return s, err
 	}
 	s.Kitchen, err = kitchen.Start(kitchen.Config{Sites: names, Profiles: profiles, Keys: s.Keys, Skew: 2 * time.Second,
-		Behaviour: cfg.Behaviour, OnProcessed: cfg.OnProcessed})
+		Behaviour: cfg.Behaviour, OnProcessed: cfg.OnProcessed, Log: cfg.Log})
 	if err != nil {
 		return s, err
 	}
