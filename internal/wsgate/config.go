@@ -22,8 +22,9 @@ import (
 type Config struct {
 	// Listen are the addresses screens connect to. Required.
 	Listen []ListenConfig `koanf:"listen"`
-	// Sites are those that have screens, by name, with what opens their door. Required.
-	Sites map[string]SiteConfig `koanf:"sites"`
+	// Sites are those that have screens, by name. Required; the program fills it from its
+	// own sites.
+	Sites map[string]SiteConfig `koanf:"-"`
 	// Origins are the pages that may connect, for every site: "https://screens.example",
 	// or a bare word such as "ionic", which some clients send. A page from the gateway's
 	// own host is always allowed, and so is a client that sends no Origin. Default none.
@@ -119,7 +120,7 @@ func (c Config) Validate() error {
 		}
 	}
 	if len(c.Sites) == 0 {
-		errs = append(errs, errors.New("sites: required: the sites that have screens"))
+		errs = append(errs, errors.New("sites: none has screens, so nobody could connect; give one screens, or leave listen out"))
 	}
 	if err := door.Validate(c.doors(), c.listeners()); err != nil {
 		errs = append(errs, err)

@@ -19,7 +19,7 @@ func TestValidateReportsEachMistake(t *testing.T) {
 			c.Origins = []string{"ionic", "null", "https://a.example", "http://10.0.0.1:8080", "capacitor://localhost", "https://[::1]:8443"}
 		}},
 		{name: "two ports chosen by the system", change: func(c *Config) { c.Listen = append(c.Listen, c.Listen[0]) }},
-		{name: "nothing", change: func(c *Config) { *c = Config{} }, want: []string{"listen: required", "sites: required"}},
+		{name: "nothing", change: func(c *Config) { *c = Config{} }, want: []string{"listen: required", "sites: none has screens"}},
 		{name: "addresses", change: func(c *Config) {
 			c.Listen = []ListenConfig{{Addr: "127.0.0.1"}, {Addr: ""}, {Addr: "127.0.0.1:1"}, {Addr: "127.0.0.1:1", Site: "one"}}
 		}, want: []string{"listen[0].addr", "listen[1].addr", "listen[3].addr: 127.0.0.1:1 is listen[2]'s already"}},

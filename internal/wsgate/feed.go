@@ -12,10 +12,6 @@ import (
 	"github.com/kitchenbridge/kitchenbridge/pkg/keysync"
 )
 
-// kindExpired is reserved for the edge's word to the bridge that events expired before
-// they reached the hub. It is never shown.
-const kindExpired = "expired"
-
 // Feed is the hub's stream of events, from one consumer for all screens; *broker.Feed is
 // one.
 type Feed interface {
@@ -34,7 +30,7 @@ type OpenFeed func(event func(*broker.Delivery), gap func(reason string)) (Feed,
 // show brings one message to the screens of its site. It never waits for a screen.
 func (g *Gate) show(d *broker.Delivery) {
 	hall := g.halls[d.Site]
-	if hall == nil || d.Kind == kindExpired {
+	if hall == nil || d.Kind == broker.KindExpired {
 		return
 	}
 	now := time.Now()

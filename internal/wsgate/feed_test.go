@@ -100,7 +100,7 @@ func TestWhatIsNotShownIsCountedByReason(t *testing.T) {
 		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			bubble(t, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
 				s := newStage(t, testConfig())
 				s.start()
 				screen := s.connect(headers(tokenOne), false).listen()
@@ -126,7 +126,7 @@ func TestWhatIsNotShownIsCountedByReason(t *testing.T) {
 }
 
 func TestNothingIsShownOfASiteWhoseKeysAreNotKnown(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false).listen()
@@ -150,7 +150,7 @@ func TestNothingIsShownOfASiteWhoseKeysAreNotKnown(t *testing.T) {
 }
 
 func TestWhatPassedBeforeAScreenCameIsNotShownLater(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		site := s.keys.Site("one")
@@ -173,7 +173,7 @@ func TestPlainFramesWhileThePortalHasEncryptionOff(t *testing.T) {
 	} {
 		for _, deflate := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, deflate %v", tc.name, deflate), func(t *testing.T) {
-				bubble(t, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
 					s := newStage(t, testConfig())
 					s.start()
 					screen := s.connect(bearer(tokenClear), deflate).listen()
@@ -215,6 +215,19 @@ func TestAnEventSealedBeforeThePortalsSwitchWasTurned(t *testing.T) {
 			t.Errorf("%s, %v; want ErrNoKey", text, err)
 		}
 	})
+	t.Run("off: sealed with a key of the Portal is opened", func(t *testing.T) {
+		site := on(t)
+		site.Encryption = false
+		text, err := frameText(site, seal(t, on(t), payload), time.Now())
+		if err != nil || string(text) != payload {
+			t.Errorf("%q, %v; want the plaintext", text, err)
+		}
+	})
+	t.Run("off, and the key is gone", func(t *testing.T) {
+		if text, err := frameText(off(t), seal(t, on(t), payload), time.Now()); !errors.Is(err, envelope.ErrUnknownFingerprint) {
+			t.Errorf("%s, %v; want ErrUnknownFingerprint", text, err)
+		}
+	})
 	t.Run("plain-sealed, and altered", func(t *testing.T) {
 		triple := seal(t, off(t), payload)
 		triple.Message = []byte("AAAA" + string(triple.Message[4:]))
@@ -223,7 +236,7 @@ func TestAnEventSealedBeforeThePortalsSwitchWasTurned(t *testing.T) {
 		}
 	})
 	t.Run("impossible: not shown, counted", func(t *testing.T) {
-		bubble(t, func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
 			s := newStage(t, testConfig())
 			s.start()
 			screen := s.connect(headers(tokenOne), false).listen()
@@ -252,7 +265,7 @@ func TestCompressionSavesWhatItCan(t *testing.T) {
 	payload := `{"items":["` + strings.Repeat("fries ", 2000) + `"]}`
 	sizes := make(map[bool]int)
 	for _, deflate := range []bool{false, true} {
-		bubble(t, func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
 			s := newStage(t, testConfig())
 			s.start()
 			wire := &wire{}
@@ -273,7 +286,7 @@ func TestCompressionSavesWhatItCan(t *testing.T) {
 }
 
 func TestAClientThatAsksForASmallWindowGetsNoCompression(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		h := headers(tokenOne)

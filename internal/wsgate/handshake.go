@@ -81,6 +81,8 @@ func (g *Gate) handshake(w http.ResponseWriter, r *http.Request, pathSite string
 		g.log.Debug("handshake ended", "site", hall.site, "err", err)
 		return
 	}
+	// Not by the session: logging takes a deep stack, which it would keep while idle.
+	g.log.Info("screen came", "site", hall.site, "who", s.who)
 	s.upgraded <- conn
 }
 

@@ -101,7 +101,6 @@ func (s *screen) serve() {
 	}
 	s.gate.metrics.screens.Inc()
 	defer s.gate.metrics.screens.Dec()
-	s.gate.log.Info("screen came", "site", s.hall.site, "who", s.who)
 	s.start(conn)
 	s.end(s.read())
 	s.cut()

@@ -3,6 +3,7 @@ package wsgate
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"runtime"
 	"strings"
@@ -16,7 +17,7 @@ import (
 )
 
 func TestEveryScreenGetsIsAliveEverySecond(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		start := time.Now()
 		s.start()
@@ -51,7 +52,7 @@ func TestEveryScreenGetsIsAliveEverySecond(t *testing.T) {
 
 // I10: a screen must be able to tell "no tickets" from "cut off".
 func TestNoIsAliveWhileTheHubIsSilentThenClosed(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false).listen()
@@ -104,7 +105,7 @@ func TestNoIsAliveWhileTheHubIsSilentThenClosed(t *testing.T) {
 }
 
 func TestAHubThatComesBackSoonCostsHeartbeatsOnly(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false).listen()
@@ -123,7 +124,7 @@ func TestAHubThatComesBackSoonCostsHeartbeatsOnly(t *testing.T) {
 }
 
 func TestAHeartbeatThatWaitedIsNotSaidWhenItIsNoLongerTrue(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false)
@@ -142,7 +143,7 @@ func TestAHeartbeatThatWaitedIsNotSaidWhenItIsNoLongerTrue(t *testing.T) {
 }
 
 func TestAGapClosesScreensAndCountsNothingTwice(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false).listen()
@@ -166,7 +167,7 @@ func TestAGapClosesScreensAndCountsNothingTwice(t *testing.T) {
 }
 
 func TestASlowScreenIsClosedAndDelaysNobody(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		cfg := testConfig()
 		cfg.QueueFrames = 4
 		s := newStage(t, cfg)
@@ -198,7 +199,7 @@ func TestASlowScreenIsClosedAndDelaysNobody(t *testing.T) {
 }
 
 func TestAScreenThatTakesNothingIsCutAfterTheWriteTimeout(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		stuck := s.connect(headers(tokenOne), false)
@@ -219,7 +220,7 @@ func TestAScreenThatTakesNothingIsCutAfterTheWriteTimeout(t *testing.T) {
 }
 
 func TestTheQueueIsBoundedInBytes(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		cfg := testConfig()
 		cfg.QueueBytes = 1000
 		s := newStage(t, cfg)
@@ -268,7 +269,7 @@ func TestAMessageFromAScreenIsAnsweredByClosing(t *testing.T) {
 		{"unknown opcode", raw(0x83, 0x80, 0, 0, 0, 0), 1002, "bad opcode 3", closeProtocol},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			bubble(t, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
 				s := newStage(t, testConfig())
 				s.start()
 				screen := s.connect(headers(tokenOne), false).listen()
@@ -286,7 +287,7 @@ func TestAMessageFromAScreenIsAnsweredByClosing(t *testing.T) {
 }
 
 func TestAPingIsAnswered(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false)
@@ -305,7 +306,7 @@ func TestAPingIsAnswered(t *testing.T) {
 }
 
 func TestANetworkThatBreaksIsNoticed(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false)
@@ -318,7 +319,7 @@ func TestANetworkThatBreaksIsNoticed(t *testing.T) {
 }
 
 func TestAnIdleScreenHoldsOneGoroutine(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		const n = 50
 		s := newStage(t, testConfig())
 		s.start()
@@ -351,7 +352,7 @@ func TestAnIdleScreenHoldsOneGoroutine(t *testing.T) {
 }
 
 func TestShutdownFlushesWhatIsQueuedThenCloses(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		screen := s.connect(headers(tokenOne), false)
@@ -385,7 +386,7 @@ func TestShutdownFlushesWhatIsQueuedThenCloses(t *testing.T) {
 }
 
 func TestShutdownCutsWhatDoesNotCloseAndSaysSo(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		cfg := testConfig()
 		cfg.Drain, cfg.WriteTimeout = 3*time.Second, time.Minute
 		s := newStage(t, cfg)
@@ -418,8 +419,52 @@ func TestShutdownCutsWhatDoesNotCloseAndSaysSo(t *testing.T) {
 	})
 }
 
+// The gateway may stop between a handshake's check and its answer.
+func TestASessionThatEndsDuringItsHandshake(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		do   func(*screen)
+		code int // of the close frame; 1006 = none came
+	}{
+		{"is told why", func(s *screen) { s.end(byeShutdown) }, websocket.CloseServiceRestart},
+		{"is cut", func(s *screen) { s.end(byeShutdown); s.cut() }, websocket.CloseAbnormalClosure},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newStage(t, testConfig())
+				pipe := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+				server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					screen := newScreen(s.Gate, s.halls["one"], "grill")
+					if refusal := s.begin(screen); refusal != nil {
+						t.Errorf("refused: %+v", refusal)
+					}
+					tc.do(screen)
+					conn, err := s.plain.Upgrade(w, r, nil)
+					if err != nil {
+						t.Error(err)
+					}
+					screen.upgraded <- conn
+				})}
+				go server.Serve(pipe)
+				defer server.Close()
+				s.pipe = pipe
+				screen := s.connect(headers(tokenOne), false).listen()
+				synctest.Wait()
+				if !websocket.IsCloseError(screen.err, tc.code) {
+					t.Errorf("reading ended with %v, want %d", screen.err, tc.code)
+				}
+				screen.close()
+				s.sessions.Wait()
+				if len(s.open) != 0 {
+					t.Error("the session is left open")
+				}
+			})
+		})
+	}
+}
+
 func TestRunEndsWithTheFeedsError(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		for _, failure := range []error{errors.New("consumer deleted"), nil} {
 			s := newStage(t, testConfig())
 			s.start()
@@ -438,7 +483,7 @@ func TestRunEndsWithTheFeedsError(t *testing.T) {
 }
 
 func TestScreensOfOtherSitesSeeNothing(t *testing.T) {
-	bubble(t, func(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		s := newStage(t, testConfig())
 		s.start()
 		one, two := s.connect(headers(tokenOne), false).listen(), s.connect(headers(tokenTwo), false).listen()
@@ -464,7 +509,7 @@ func TestFrameIsTheEventsTriple(t *testing.T) {
 		{"a256gcm", gcm, false}, {"a256gcm, compressed", gcm, true}, {"a256ctr", ctr, false}, {"a256ctr, compressed", ctr, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			bubble(t, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
 				s := newStage(t, testConfig())
 				site := newSite(t, "two", true)
 				site.Settings = tc.settings

@@ -12,7 +12,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -461,10 +460,4 @@ func (c *client) wantOpen() {
 	if c.err != nil {
 		c.t.Errorf("the session ended: %v", c.err)
 	}
-}
-
-// bubble runs f with virtual time.
-func bubble(t *testing.T, f func(t *testing.T)) {
-	t.Helper()
-	synctest.Test(t, f)
 }
