@@ -160,11 +160,12 @@ type retiredKey struct {
 	until time.Time
 }
 
-// New checks cfg, reads the files it names, and reports every mistake at once. It starts
-// nothing: the keys come with [Keys.Run] or [Keys.Refresh].
+// New checks cfg, reads the files it names, and reports every mistake at once, one line
+// each, beginning with its key. It starts nothing: the keys come with [Keys.Run] or
+// [Keys.Refresh].
 func New(cfg Config) (*Keys, error) {
 	if err := cfg.Validate(); err != nil {
-		return nil, fmt.Errorf("keysync: %w", err)
+		return nil, err
 	}
 	cfg.Portal = cfg.Portal.withDefaults()
 	portal, portalErr := newClient(cfg.Portal)
@@ -174,7 +175,7 @@ func New(cfg Config) (*Keys, error) {
 		bindings, bindingErr = bindingsFor(cfg.BindingFile, slices.Sorted(maps.Keys(cfg.Sites)))
 	}
 	if err := errors.Join(portalErr, bindingErr); err != nil {
-		return nil, fmt.Errorf("keysync: %w", err)
+		return nil, err
 	}
 	k := &Keys{
 		sites:  make(map[string]*siteState, len(cfg.Sites)),
@@ -208,18 +209,19 @@ func New(cfg Config) (*Keys, error) {
 // bindingsFor reads the file and names all the sites that it lacks.
 func bindingsFor(path string, sites []string) (map[string]*envelope.Binding, error) {
 	bindings, err := ReadBindingFile(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("binding_file: %w: run `bridge binding mint`, and give the same file to every edge and bridge", err)
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("binding_file: %w", err)
 	}
 	missing := slices.DeleteFunc(slices.Clone(sites), func(s string) bool { return bindings[s] != nil })
-	if len(missing) > 0 {
-		return nil, fmt.Errorf("binding_file: %s has no binding for %s: run `bridge binding mint`, and give the same file to every edge and bridge",
-			path, strings.Join(missing, ", "))
+	if len(missing) == 0 {
+		return bindings, nil
 	}
-	return bindings, nil
+	what := path + " has no binding for " + strings.Join(missing, ", ")
+	if err != nil {
+		what = path + " does not exist"
+	}
+	return nil, fmt.Errorf("binding_file: %s: run `bridge binding mint --file %s --site %s`, and give the same file to every edge and bridge",
+		what, path, strings.Join(missing, ","))
 }
 
 // Site returns what is known about a site now; nil when it is not configured. Keep the

@@ -311,6 +311,34 @@ func TestEncryptionSwitched(t *testing.T) {
 	}
 }
 
+// No message pays for a derivation: it is done when the key is put in place.
+func TestNewKeyIsDerivedBeforeItIsInPlace(t *testing.T) {
+	f := newFakePortal()
+	r := fakeRig(t, f, 0, "s1")
+	slow := envelope.Settings{Profile: envelope.A256GCM, Iterations: 300_000}
+	empty, err := envelope.NewKeyring(slow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.sites["s1"].settings = slow
+	r.sites["s1"].now.Store(&Site{Name: "s1", Settings: slow, Keyring: empty, retired: empty})
+	f.set("s1", siteObject(true, lasting("f1"), lasting("f2")))
+	begin := time.Now()
+	if err := r.Refresh(t.Context(), "s1"); err != nil {
+		t.Fatal(err)
+	}
+	refresh := time.Since(begin)
+	begin = time.Now()
+	for _, k := range r.Site("s1").Keyring.Keys() {
+		if _, err := k.Seal([]byte(`{}`)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if seals := time.Since(begin); seals > refresh/4 {
+		t.Errorf("the first seals took %v, the refresh %v: the keys were derived late", seals, refresh)
+	}
+}
+
 // The Portal need not know ETags; and something else in the object may change.
 func TestUnchangedWithoutETag(t *testing.T) {
 	f := newFakePortal()

@@ -76,8 +76,8 @@ func (k *Keys) launch(fly func()) bool {
 
 // fly is the one fetch of a site, with its place in the books.
 func (k *Keys) fly(st *siteState, f *flight, demanded bool) {
-	asked := false
-	f.err, asked = k.fetchAndNote(st)
+	asked, err := k.fetchAndNote(st)
+	f.err = err
 	st.mu.Lock()
 	st.flight = nil
 	if demanded && asked {
@@ -89,13 +89,13 @@ func (k *Keys) fly(st *siteState, f *flight, demanded bool) {
 
 // fetchAndNote fetches, counts and notes the outcome; !asked when the Portal was not
 // asked, or not to the end.
-func (k *Keys) fetchAndNote(st *siteState) (_ error, asked bool) {
+func (k *Keys) fetchAndNote(st *siteState) (asked bool, _ error) {
 	if wait := k.held(); wait > 0 {
-		return fmt.Errorf("keysync: site %s: the Portal asked to be left alone for another %v", st.name, wait.Round(time.Second)), false
+		return false, fmt.Errorf("keysync: site %s: the Portal asked to be left alone for another %v", st.name, wait.Round(time.Second))
 	}
 	result, err := k.fetch(k.life, st)
 	if err != nil && k.life.Err() != nil {
-		return errStopped, false
+		return false, errStopped
 	}
 	if err != nil {
 		if bad, ok := errors.AsType[*fetchError](err); ok {
@@ -108,7 +108,7 @@ func (k *Keys) fetchAndNote(st *siteState) (_ error, asked bool) {
 	}
 	k.count.WithLabelValues(string(result)).Inc()
 	k.note(st, result, err)
-	return err, true
+	return true, err
 }
 
 // note keeps the outcome and logs where the state changes.
