@@ -1,0 +1,409 @@
+package router
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+)
+
+const (
+	// sweepEvery is how often queued events are looked at for having expired.
+	sweepEvery = 250 * time.Millisecond
+	// sweepers bounds how many expired events of a partition are settled at once.
+	sweepers = 8
+)
+
+// tenure is the time between two take-overs of a partition, and the events held in it:
+// a lane for each site, worked off in order by one goroutine as long as it is not empty.
+//
+// The lanes have no bound of their own. The consumer hands out at most its MaxAckPending
+// (4096 for a partition) events without acknowledgement, copies of held ones are dropped,
+// and everything held is unacknowledged: together, the lanes never hold more. When one
+// dead Kitchen has filled that, the consumer stops for the partition until its events
+// expire.
+type tenure struct {
+	// Fixed at birth.
+	p     *partition
+	r     *Router
+	owned time.Time // when it began: an event stored before may have been attempted
+	first bool      // of this process: another owner may have been killed before
+	begin context.Context
+	stop  context.CancelFunc // ends begin: no further attempt
+	io    context.Context
+	abort context.CancelFunc // ends io: what is in flight is cut
+	wg    sync.WaitGroup     // lanes and the sweeper; added to under mu while not closed
+
+	mu sync.Mutex
+	// Guarded by mu.
+	closed    bool
+	lanes     map[string]*lane
+	held      int
+	earliest  time.Time // no queued event's deadline is before it; zero: none is queued
+	past      *past     // nil once the consumer is past it
+	inherited map[event]*progress
+	left      map[event]*progress
+}
+
+// lane is one site's events. All of it is guarded by the tenure's mu.
+type lane struct {
+	site    string
+	e       *endpoint // nil: the site has no Kitchen here
+	highest uint64    // stream sequence; what is not above it is a copy
+	queue   []*item   // ascending
+	head    *item     // with the lane's goroutine
+	swept   []*item   // with the sweeper
+	running bool
+	quiet   bool // it has events from before this process was the owner
+	marked  bool // the one of these that may have been in flight was met
+}
+
+// item is one held event. Whoever holds it owns it: the queue, the lane's goroutine or
+// the sweeper.
+type item struct {
+	d     *broker.Delivery
+	past  *past
+	quiet bool // posted no earlier than settle after this process became the owner (I4)
+	progress
+}
+
+// progress is what has been done about an event so far.
+type progress struct {
+	deadline     time.Time
+	attempts     int
+	started      time.Time // of the first attempt
+	last         answer    // of the latest
+	unknown      bool      // the latest that may have reached the Kitchen is unanswered
+	cut          time.Time // when that one ended
+	refused      string    // fingerprint that the Kitchen refused
+	rewrapped    bool      // another key was tried
+	reformed     bool      // the other form was tried
+	fate         *fate     // nil while open
+	settled      time.Time // when the fate was known
+	deadLettered bool
+	reported     bool
+}
+
+// fate is how a delivery ended.
+type fate struct {
+	state  state // "" for quarantine
+	reason Reason
+	cause  cause // of quarantine
+}
+
+func newTenure(p *partition, past *past, inherited map[event]*progress, owned time.Time) *tenure {
+	t := &tenure{
+		p: p, r: p.r, owned: owned, first: p.since.Equal(owned), past: past,
+		lanes:     make(map[string]*lane),
+		inherited: inherited,
+		left:      make(map[event]*progress),
+	}
+	t.begin, t.stop = context.WithCancel(p.consuming)
+	t.io, t.abort = context.WithCancel(p.io)
+	return t
+}
+
+func (t *tenure) start() {
+	t.wg.Go(t.sweep)
+}
+
+// end begins no further attempt, waits for what is in flight, and returns how many events
+// are left and what was in hand of them.
+func (t *tenure) end() (left int, carried map[event]*progress) {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	t.stop()
+	// A hub that takes no report must not hold up the next take-over.
+	timer := time.AfterFunc(t.r.cfg.DrainTimeout, t.abort)
+	t.wg.Wait()
+	timer.Stop()
+	t.abort()
+
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.r.metrics.pending.Add(-int64(t.held))
+	for ev, pr := range t.inherited {
+		if _, ok := t.left[ev]; !ok {
+			t.left[ev] = pr
+		}
+	}
+	return t.held, t.left
+}
+
+// enqueue takes an event over from the consumer. It never waits.
+func (t *tenure) enqueue(d *broker.Delivery) {
+	if t.accept(d) {
+		return
+	}
+	// The lane has settled it, and the acknowledgement was lost.
+	t.r.ackDelivery(d)
+}
+
+// accept returns false for a copy of an event that is settled.
+func (t *tenure) accept(d *broker.Delivery) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return true // the next tenure gets it again
+	}
+	l := t.lanes[d.Site]
+	if l == nil {
+		l = &lane{site: d.Site, e: t.r.endpoints[d.Site]}
+		t.lanes[d.Site] = l
+	}
+	if d.StreamSeq <= l.highest {
+		t.r.metrics.skipped.inc(causeRedelivered)
+		return l.holds(d.StreamSeq)
+	}
+	l.highest = d.StreamSeq
+	if t.past != nil && t.past.behind(d.StreamSeq, d.Stored, t.owned) {
+		t.past = nil
+	}
+	it := &item{d: d, past: t.past, progress: progress{deadline: t.r.deadline(d)}}
+	if !d.Stored.After(t.p.since) {
+		l.quiet = true
+		if t.first && !l.marked && !t.past.isDone(delivery{eventOf(d).source, endpointName(l.e), 0}, d.Event.Seq) {
+			// Of a lane, only this one can have been in flight when its owner was killed.
+			l.marked, it.unknown = true, l.e != nil
+		}
+	}
+	it.quiet = l.quiet
+	l.queue = append(l.queue, it)
+	t.held++
+	t.r.metrics.pending.Add(1)
+	if t.earliest.IsZero() || it.deadline.Before(t.earliest) {
+		t.earliest = it.deadline
+	}
+	if !l.running {
+		l.running = true
+		t.wg.Go(func() { t.run(l) })
+	}
+	return true
+}
+
+func (l *lane) holds(seq uint64) bool {
+	if l.head != nil && l.head.d.StreamSeq == seq {
+		return true
+	}
+	if slices.ContainsFunc(l.swept, func(it *item) bool { return it.d.StreamSeq == seq }) {
+		return true
+	}
+	_, found := slices.BinarySearchFunc(l.queue, seq, func(it *item, seq uint64) int {
+		switch {
+		case it.d.StreamSeq < seq:
+			return -1
+		case it.d.StreamSeq > seq:
+			return 1
+		}
+		return 0
+	})
+	return found
+}
+
+// deadline is the event's, but no later than its kind allows after the hub stored it.
+func (r *Router) deadline(d *broker.Delivery) time.Time {
+	latest := d.Stored.Add(r.cfg.maxDeadline(d.Kind))
+	if d.Err != nil {
+		return latest // it will be quarantined; what it says of itself means nothing
+	}
+	return time.UnixMilli(min(d.Event.Deadline, latest.UnixMilli()))
+}
+
+// run works the lane off.
+func (t *tenure) run(l *lane) {
+	for it := t.next(l, nil); it != nil; it = t.next(l, it) {
+		settled := t.process(l, it, func() bool {
+			if l.e == nil {
+				it.fail(ReasonNoRoute)
+				return true
+			}
+			return t.deliver(l.e, it)
+		})
+		if !settled {
+			t.leave(it)
+			return
+		}
+	}
+}
+
+// next gives up the settled item and takes the next, nil when the lane's goroutine is to
+// end.
+func (t *tenure) next(l *lane, settled *item) *item {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if settled != nil {
+		t.held--
+		t.r.metrics.pending.Add(-1)
+	}
+	if len(l.queue) == 0 || t.closed {
+		l.head, l.running = nil, false
+		if l.e == nil && len(l.swept) == 0 && len(l.queue) == 0 {
+			// Anybody may invent names of sites: nothing of them is kept.
+			delete(t.lanes, l.site)
+		}
+		return nil
+	}
+	l.head = l.queue[0]
+	l.queue[0] = nil
+	if len(l.queue) == 1 {
+		l.queue = l.queue[:0] // the place is used again
+	} else {
+		l.queue = l.queue[1:]
+	}
+	return l.head
+}
+
+// leave remembers what was done about an event that is not settled.
+func (t *tenure) leave(it *item) {
+	if it.attempts == 0 && it.fate == nil && !it.unknown || it.fate != nil && it.fate.cause != "" {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.left[eventOf(it.d)] = &it.progress
+}
+
+// resume takes up what an earlier tenure left of an event that has been verified.
+func (t *tenure) resume(it *item) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.inherited) == 0 {
+		return
+	}
+	ev := eventOf(it.d)
+	if pr := t.inherited[ev]; pr != nil {
+		delete(t.inherited, ev)
+		deadline := it.deadline
+		it.progress = *pr
+		it.deadline = deadline
+	}
+}
+
+func eventOf(d *broker.Delivery) event {
+	return event{source{d.Event.Site, d.Event.Edge, d.Event.Epoch}, d.Event.Seq}
+}
+
+// process brings an event to its end: verifies it, lets work decide its fate unless that
+// is known, and stores what has to be stored. False: the tenure ended before.
+func (t *tenure) process(l *lane, it *item, work func() bool) bool {
+	if c := t.r.examine(it.d); c != "" {
+		it.fate = &fate{reason: ReasonQuarantine, cause: c}
+		return t.settle(l, it)
+	}
+	if it.past.isDone(delivery{eventOf(it.d).source, endpointName(l.e), 0}, it.d.Event.Seq) {
+		t.r.metrics.skipped.inc(causeReported)
+		t.r.ackDelivery(it.d)
+		return true
+	}
+	t.resume(it)
+	if it.fate == nil && !work() {
+		return false
+	}
+	return t.settle(l, it)
+}
+
+// fail gives the delivery its end.
+func (it *item) fail(r Reason) {
+	it.fate = &fate{state: stateFailed, reason: r}
+}
+
+// expire ends a delivery at its deadline. What a Kitchen was sent and did not answer may
+// be cooked: nobody may be told that it is not (I3).
+func (it *item) expire() {
+	if it.unknown {
+		it.fail(ReasonOutcomeUnknown)
+	} else {
+		it.fail(ReasonExpired)
+	}
+}
+
+// sweep settles queued events at their deadline, wherever they stand: behind a Kitchen
+// that does not answer, too. None of them was posted in this tenure, so nothing is
+// inverted (I3, I4).
+func (t *tenure) sweep() {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-t.begin.Done():
+			return
+		case <-tick.C:
+		}
+		var g errgroup.Group
+		g.SetLimit(sweepers)
+		for _, due := range t.due(time.Now()) {
+			if t.begin.Err() != nil {
+				break
+			}
+			g.Go(func() error {
+				settled := t.process(due.l, due.it, func() bool { due.it.expire(); return true })
+				if !settled {
+					t.leave(due.it)
+					return nil
+				}
+				t.swept(due.l, due.it)
+				return nil
+			})
+		}
+		_ = g.Wait() // nothing is returned
+	}
+}
+
+type dueItem struct {
+	l  *lane
+	it *item
+}
+
+// due takes what has expired out of the queues.
+func (t *tenure) due(now time.Time) []dueItem {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.earliest.IsZero() || now.Before(t.earliest) {
+		return nil
+	}
+	t.earliest = time.Time{}
+	var due []dueItem
+	for _, l := range t.lanes {
+		l.queue = slices.DeleteFunc(l.queue, func(it *item) bool {
+			if !now.Before(it.deadline) {
+				l.swept = append(l.swept, it)
+				due = append(due, dueItem{l, it})
+				return true
+			}
+			if t.earliest.IsZero() || it.deadline.Before(t.earliest) {
+				t.earliest = it.deadline
+			}
+			return false
+		})
+	}
+	return due
+}
+
+// swept gives up an item that the sweeper has settled.
+func (t *tenure) swept(l *lane, it *item) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	l.swept = slices.DeleteFunc(l.swept, func(other *item) bool { return other == it })
+	t.held--
+	t.r.metrics.pending.Add(-1)
+	if l.e == nil && !l.running && len(l.swept) == 0 && len(l.queue) == 0 {
+		delete(t.lanes, l.site)
+	}
+}
+
+// sleep waits until then; false when ctx ended first.
+func sleep(ctx context.Context, until time.Time) bool {
+	t := time.NewTimer(time.Until(until))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

@@ -1,0 +1,111 @@
+package router
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"sync/atomic"
+	"time"
+
+	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+)
+
+// partition is one of the stream's, for the life of the router. What it knows of events
+// is its tenure's: from one take-over to the next.
+type partition struct {
+	// Fixed at birth.
+	r *Router
+	n int
+	// Set by Run.
+	consuming context.Context // ends when no further attempt may begin
+	io        context.Context // ends when what is in flight is to be cut
+
+	tenure atomic.Pointer[tenure] // set by takeover
+
+	// Owned by takeover and, after the consumer has returned, by Run.
+	carried map[event]*progress
+	// since is when this process became the owner. Whoever was before may have been killed
+	// in the middle of an attempt, whose event is then unacknowledged: a lane that has such
+	// events posts nothing for settle (I4). Set before the first tenure.
+	since time.Time
+}
+
+// keepCarried is how long what was in hand is remembered for an event that does not come
+// back: as long as the hub keeps events.
+const keepCarried = 72 * time.Hour
+
+// takeover begins a tenure: nothing of the previous one is queued or in flight any more,
+// and what the reports say is done will not be done again.
+func (p *partition) takeover(ctx context.Context, oldest time.Time) error {
+	p.end()
+	past, believed, err := p.r.readPast(ctx, p.n, oldest)
+	if err != nil {
+		return fmt.Errorf("partition %d: reports since %s: %w", p.n, oldest.UTC().Format(time.RFC3339), err)
+	}
+	owned := time.Now()
+	maps.DeleteFunc(p.carried, func(_ event, pr *progress) bool { return owned.Sub(pr.deadline) > keepCarried })
+	if p.since.IsZero() {
+		p.since = owned
+	}
+	t := newTenure(p, past, p.carried, owned)
+	p.carried = nil
+	p.tenure.Store(t)
+	t.start()
+	p.r.log.Info("lanes begin", "partition", p.n, "oldest_unacked", oldest, "reports", believed)
+	return nil
+}
+
+// end waits for what the tenure has in flight and returns how many events it leaves
+// unacknowledged.
+func (p *partition) end() (left int) {
+	t := p.tenure.Swap(nil)
+	if t == nil {
+		return 0
+	}
+	left, carried := t.end()
+	if p.carried == nil {
+		p.carried = carried
+	} else {
+		maps.Copy(p.carried, carried)
+	}
+	return left
+}
+
+// enqueue is the consumer's handler.
+func (p *partition) enqueue(d *broker.Delivery) {
+	if t := p.tenure.Load(); t != nil {
+		t.enqueue(d)
+	}
+}
+
+// readPast reads what the report log says is done. Reports that do not verify are not
+// believed: the broker cannot make an order disappear by saying that it was delivered.
+func (r *Router) readPast(ctx context.Context, partition int, oldest time.Time) (*past, int, error) {
+	if oldest.IsZero() {
+		return nil, 0, nil
+	}
+	past := &past{done: make(map[delivery]runs)}
+	believed := 0
+	err := r.hub.ReportsSince(ctx, oldest, partition, func(rep *broker.Report) error {
+		site := r.keys.Site(rep.Site)
+		if site == nil || site.Binding == nil {
+			return nil // nothing of the site is delivered here
+		}
+		if err := site.Binding.VerifyReport(&rep.Report, rep.Bind, rep.Tag); err != nil {
+			r.metrics.badReports.Inc()
+			r.reportLog.Do(func() {
+				r.log.Error(alarmReport, "site", rep.Site, "edge", rep.Edge, "seq", rep.Seq, "err", err)
+			})
+			return nil
+		}
+		believed++
+		d := delivery{source{rep.Site, rep.Edge, rep.Epoch}, rep.Endpoint, rep.N}
+		past.done[d] = past.done[d].add(rep.Seq)
+		past.highest = max(past.highest, rep.StreamSeq)
+		if e := r.endpoints[rep.Site]; e != nil && e.name == rep.Endpoint && rep.State == string(stateDelivered) {
+			e.prove()
+		}
+		return nil
+	})
+	return past, believed, err
+}
