@@ -55,9 +55,9 @@ type Broker struct {
 	link    context.Context
 	endLink context.CancelCauseFunc
 	linked  chan struct{}
-	trouble error                // why there is no link
-	denied  map[string]time.Time // subjects this user may not publish to, and when the hub last said so
-	owners  map[int]*ownership   // by partition: the last take-over
+	trouble error               // why there is no link
+	asking  map[*asked]struct{} // requests on their way
+	owners  map[int]*ownership  // by partition: the last take-over
 }
 
 // Connect connects to the hub in this process, or to the one at cfg.URLs. It returns
@@ -83,7 +83,7 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*Broker, error) {
 		closed:     make(chan struct{}),
 		linked:     make(chan struct{}),
 		trouble:    errors.New("not connected yet"),
-		denied:     make(map[string]time.Time),
+		asking:     make(map[*asked]struct{}),
 		owners:     make(map[int]*ownership),
 	}
 	var err error
@@ -131,8 +131,8 @@ func (b *Broker) options(cfg ConnectConfig) ([]nats.Option, error) {
 		nats.MaxPingsOutstanding(2),
 		nats.DrainTimeout(drainTimeout),
 		nats.CustomReconnectDelay(func(attempt int) time.Duration { return jitter(attempt, time.Second, maxPause) }),
-		nats.ConnectHandler(func(*nats.Conn) { b.linkUp() }),
-		nats.ReconnectHandler(func(*nats.Conn) { b.linkUp() }),
+		nats.ConnectHandler(b.linkUp),
+		nats.ReconnectHandler(b.linkUp),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) { b.linkDown(err) }),
 		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { b.stillDown(err) }),
 		nats.ClosedHandler(func(*nats.Conn) { b.linkDown(errClosed); close(b.closed) }),
@@ -201,13 +201,13 @@ func readCertPool(path string) (*x509.CertPool, error) {
 func inboxPrefix(name string) string { return "_INBOX_" + name }
 
 // linkUp, linkDown and stillDown are called by nats.go one at a time, in order.
-func (b *Broker) linkUp() {
+func (b *Broker) linkUp(nc *nats.Conn) { // b.nc may not be set yet
 	b.mu.Lock()
 	b.link, b.endLink = context.WithCancelCause(context.Background())
 	b.trouble = nil
 	close(b.linked)
 	b.mu.Unlock()
-	b.log.Info("hub: connected", "server", b.nc.ConnectedServerName())
+	b.log.Info("hub: connected", "server", nc.ConnectedServerName())
 }
 
 func (b *Broker) linkDown(err error) {
@@ -246,12 +246,7 @@ func (b *Broker) asyncError(sub *nats.Subscription, err error) {
 	case errors.Is(err, nats.ErrPermissionViolation):
 		kind = "permission"
 		if m := deniedPublish.FindStringSubmatch(err.Error()); m != nil {
-			b.mu.Lock()
-			if len(b.denied) >= 1024 { // bounded: what is refused still is told again
-				clear(b.denied)
-			}
-			b.denied[m[1]] = time.Now()
-			b.mu.Unlock()
+			b.deny(m[1])
 		}
 	}
 	b.metrics.asyncErrors.WithLabelValues(kind).Inc()
@@ -262,12 +257,45 @@ func (b *Broker) asyncError(sub *nats.Subscription, err error) {
 	b.log.Warn("hub: error reported", "reason", kind, "subject", subject, "err", err)
 }
 
-// deniedSince reports whether the hub has denied publishing to the subject since t.
-func (b *Broker) deniedSince(subject string, t time.Time) bool {
+// asked is a request on its way.
+type asked struct {
+	subject string
+	end     context.CancelCauseFunc
+}
+
+// errDenied: the hub does not let this user publish there, and has not taken it.
+var errDenied = errors.New("this user may not publish there")
+
+// deny ends the requests to a subject: the hub's refusal comes outside of them, and
+// their reply never.
+func (b *Broker) deny(subject string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	at, ok := b.denied[subject]
-	return ok && !at.Before(t)
+	for a := range b.asking {
+		if a.subject == subject {
+			a.end(errDenied)
+		}
+	}
+}
+
+// asks returns the context of one request: it ends with ctx, with the link, when the
+// hub denies the subject, and after limit; its cause says which.
+func (b *Broker) asks(ctx, link context.Context, subject string, limit time.Duration) (context.Context, func()) {
+	ctx, stopClock := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer within %v", limit))
+	ctx, end := context.WithCancelCause(ctx)
+	unlink := context.AfterFunc(link, func() { end(errLinkDown) })
+	a := &asked{subject, end}
+	b.mu.Lock()
+	b.asking[a] = struct{}{}
+	b.mu.Unlock()
+	return ctx, func() {
+		b.mu.Lock()
+		delete(b.asking, a)
+		b.mu.Unlock()
+		unlink()
+		end(nil)
+		stopClock()
+	}
 }
 
 // await returns the link: a context that ends with this connection. It waits until

@@ -138,14 +138,11 @@ func (b *Broker) publishUntil(ctx context.Context, stream string, msg *nats.Msg)
 }
 
 func (b *Broker) attempt(ctx, link context.Context, stream string, msg *nats.Msg) (pubAck, verdict, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, attemptTimeout, fmt.Errorf("no acknowledgement within %v", attemptTimeout))
-	defer cancel()
-	defer context.AfterFunc(link, cancel)()
-
+	ctx, done := b.asks(ctx, link, msg.Subject, attemptTimeout)
+	defer done()
 	if ctx.Err() != nil {
 		return pubAck{}, missed, context.Cause(ctx)
 	}
-	began := time.Now()
 	reply, err := b.nc.RequestMsgWithContext(ctx, msg)
 	switch {
 	case err == nil:
@@ -157,10 +154,8 @@ func (b *Broker) attempt(ctx, link context.Context, stream string, msg *nats.Msg
 	case errors.Is(err, nats.ErrReconnectBufExceeded), errors.Is(err, nats.ErrConnectionClosed),
 		errors.Is(err, nats.ErrConnectionDraining):
 		return pubAck{}, missed, err // it never left
-	case b.deniedSince(msg.Subject, began):
-		return pubAck{}, refused, fmt.Errorf("this user may not publish to %s", msg.Subject)
-	case link.Err() != nil:
-		return pubAck{}, open, context.Cause(link)
+	case errors.Is(context.Cause(ctx), errDenied):
+		return pubAck{}, refused, errDenied
 	case ctx.Err() != nil:
 		return pubAck{}, open, context.Cause(ctx)
 	default:

@@ -28,20 +28,20 @@ func (b *Broker) request(ctx context.Context, subject string, body []byte) (*nat
 			return nil, err
 		}
 		reply, err := func() (*nats.Msg, error) {
-			rctx, cancel := context.WithTimeout(ctx, apiTimeout)
-			defer cancel()
-			defer context.AfterFunc(link, cancel)()
-			began := time.Now()
+			rctx, done := b.asks(ctx, link, subject, apiTimeout)
+			defer done()
 			reply, err := b.nc.RequestWithContext(rctx, subject, body)
-			if err != nil && b.deniedSince(subject, began) {
-				err = fmt.Errorf("%w: this user may not ask for %s", ErrRejected, subject)
+			if err != nil && rctx.Err() != nil {
+				err = context.Cause(rctx)
 			}
 			return reply, err
 		}()
 		switch {
 		case err == nil:
 			return reply, nil
-		case errors.Is(err, ErrRejected), errors.Is(err, nats.ErrConnectionClosed):
+		case errors.Is(err, errDenied):
+			return nil, fmt.Errorf("%w: %s: %w", ErrRejected, subject, err)
+		case errors.Is(err, nats.ErrConnectionClosed):
 			return nil, err
 		}
 		if !pause(ctx, retryMin/2+jitter(n, retryMin, retryMax)) {

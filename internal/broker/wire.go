@@ -175,6 +175,16 @@ func (f *fields) optional(key string, valid func(string) error) string {
 	return f.text(key, valid)
 }
 
+// is demands the one value that follows from the rest.
+func (f *fields) is(key, want string) {
+	f.text(key, func(s string) error {
+		if s != want {
+			return fmt.Errorf("%.80q, but the rest says %.80q", s, want)
+		}
+		return nil
+	})
+}
+
 func (f *fields) uint(key string, limit uint64) uint64 {
 	var n uint64
 	f.text(key, func(s string) (err error) {
@@ -389,18 +399,12 @@ func decodeEvent(subject string, h nats.Header, body []byte, partitions int) (Ev
 	if e.Edge != edge {
 		f.fail("%s: %.40q, but the subject's edge is %.40q", hdrEdge, e.Edge, edge)
 	}
-	want := eventMsgID(e.Edge, e.Epoch, e.Site, e.Seq)
-	f.text(hdrMsgID, func(s string) error {
-		if s != want {
-			return fmt.Errorf("%.80q, but the event is %.80q", s, want)
-		}
-		return nil
-	})
 	if partitions > 0 && partition != strconv.Itoa(partitionOf(site, partitions)) {
 		f.fail("subject: partition %.10q, but the site's is %d of %d", partition, partitionOf(site, partitions), partitions)
 	}
 	e.Triple = f.triple(body, fingerprint)
 	f.checkEvent(&e)
+	f.is(hdrMsgID, eventMsgID(e.Edge, e.Epoch, e.Site, e.Seq))
 	if f.err != nil {
 		return e, fmt.Errorf("event: %w: %w", ErrMalformed, f.err)
 	}
@@ -511,15 +515,9 @@ func decodeReport(subject string, h nats.Header, body []byte) (*Report, error) {
 	r.StreamSeq = f.uint(hdrStreamSeq, anyUint)
 	r.Bind = f.text(hdrBind, envelope.ValidName)
 	r.Tag = f.text(hdrTag, token)
-	want := reportMsgID(r.Edge, r.Epoch, r.Site, r.Seq, r.Endpoint, r.N)
-	f.text(hdrMsgID, func(s string) error {
-		if s != want {
-			return fmt.Errorf("%.80q, but the report is %.80q", s, want)
-		}
-		return nil
-	})
 	r.Triple = f.triple(body, "")
 	f.checkReport(r)
+	f.is(hdrMsgID, reportMsgID(r.Edge, r.Epoch, r.Site, r.Seq, r.Endpoint, r.N))
 	if f.err != nil {
 		return nil, fmt.Errorf("report: %w: %w", ErrMalformed, f.err)
 	}
