@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -241,6 +242,15 @@ func TestTheQueueIsBoundedInBytes(t *testing.T) {
 		synctest.Wait()
 		slow.wantFrames(payload(10))
 		slow.close()
+		// What has left counts no more.
+		quick := s.connect(bearer(tokenClear), false).listen()
+		for i := range uint64(10) {
+			s.feed.event(event(t, site, i+4, payload(400)))
+			s.feed.event(event(t, site, i+14, payload(400)))
+			synctest.Wait()
+		}
+		quick.wantOpen()
+		quick.close()
 		s.finish()
 	})
 }
@@ -320,35 +330,72 @@ func TestANetworkThatBreaksIsNoticed(t *testing.T) {
 
 func TestAnIdleScreenHoldsOneGoroutine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		const n = 50
+		const n, burst = 50, 20
 		s := newStage(t, testConfig())
 		s.start()
-		synctest.Wait()
-		before := runtime.NumGoroutine()
 		var screens []*client
 		for range n {
 			screens = append(screens, s.connect(headers(tokenOne), true))
 		}
-		synctest.Wait()
-		if got := runtime.NumGoroutine() - before; got != n {
-			t.Errorf("%d goroutines for %d idle screens", got, n)
-		}
-		// And again after there was something to write.
-		s.feed.event(event(t, s.keys.Site("one"), 1, `{}`))
-		for _, c := range screens {
-			if _, _, err := c.conn.ReadMessage(); err != nil {
-				t.Fatal(err)
+		wantIdle := func(when string) {
+			t.Helper()
+			synctest.Wait()
+			stacks := make([]byte, 4<<20)
+			sessions := 0
+			for stack := range strings.SplitSeq(string(stacks[:runtime.Stack(stacks, true)]), "\n\n") {
+				if strings.Contains(stack, "wsgate.(*screen)") {
+					sessions++
+				}
+				if strings.Contains(stack, "net/http.(*conn).serve") {
+					t.Errorf("%s: the handshake's goroutine is still there:\n%s", when, stack)
+				}
+			}
+			if sessions != n {
+				t.Errorf("%s: %d goroutines for %d screens", when, sessions, n)
+			}
+			for _, screen := range s.all() {
+				if cap(screen.queue) > 8 {
+					t.Errorf("%s: room for %d frames is kept", when, cap(screen.queue))
+				}
 			}
 		}
-		synctest.Wait()
-		if got := runtime.NumGoroutine() - before; got != n {
-			t.Errorf("%d goroutines for %d screens that are idle again", got, n)
+		wantIdle("after the handshake")
+		for i := range uint64(burst) {
+			s.feed.event(event(t, s.keys.Site("one"), i+1, `{}`))
 		}
+		for _, c := range screens {
+			for range burst {
+				if _, _, err := c.conn.ReadMessage(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		wantIdle("after a burst")
 		for _, c := range screens {
 			c.conn.Close()
 		}
 		s.finish()
 	})
+}
+
+func TestLeavingAHallTwiceTakesNobodyElseOut(t *testing.T) {
+	h := &hall{site: "one"}
+	var screens []*screen
+	for range 3 {
+		s := newScreen(nil, h, "")
+		h.enter(s)
+		screens = append(screens, s)
+	}
+	h.leave(screens[0])
+	h.leave(screens[0])
+	if got := h.appendTo(nil); len(got) != 2 || !slices.Contains(got, screens[1]) || !slices.Contains(got, screens[2]) {
+		t.Errorf("%d screens are left, want the two others", len(got))
+	}
+	h.leave(screens[2])
+	h.leave(screens[1])
+	if got := h.appendTo(nil); len(got) != 0 {
+		t.Errorf("%d screens are left", len(got))
+	}
 }
 
 func TestShutdownFlushesWhatIsQueuedThenCloses(t *testing.T) {

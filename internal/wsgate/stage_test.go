@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -234,9 +235,13 @@ func (s *stage) run() {
 	s.t.Cleanup(func() { cancel(); <-done })
 }
 
-// finish stops the gate and waits for it.
+// finish stops the gate and waits for it. In a bubble, what the screens did last is seen
+// before.
 func (s *stage) finish() {
 	s.t.Helper()
+	if s.pipe != nil {
+		synctest.Wait()
+	}
 	s.stop()
 	if err := <-s.stopped; err != nil {
 		s.t.Errorf("Run: %v", err)
