@@ -317,6 +317,33 @@ func TestFaultsStrikeInOrderForKindsAndCounts(t *testing.T) {
 	}
 }
 
+func TestNamedBehavioursDoWhatTheirNamesSay(t *testing.T) {
+	for _, row := range []struct {
+		name string
+		b    Behaviour
+		want int // 0: no answer
+		took time.Duration
+	}{
+		{"status", Status(429), 429, 0},
+		{"slow", Slow(3 * time.Second), 200, 3 * time.Second},
+		{"hanging", Hanging(), 0, time.Minute},
+		{"refusing, where the listener is shared", Refusing(), 0, 0},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				k := still(t, Config{Behaviour: row.b})
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				begun := time.Now()
+				k.direct(ctx, t, event{body: `{}`})
+				if r := k.last(); r.Status != row.want || time.Since(begun) != row.took || r.Delivered() != (row.want == 200) {
+					t.Errorf("after %v: %+v", time.Since(begun), r)
+				}
+			})
+		})
+	}
+}
+
 func TestASeedReplaysAndAnotherDiffers(t *testing.T) {
 	b := Behaviour{Latency: Latency{Jitter: time.Second}, Faults: []Fault{{Share: 0.3, Status: 503}, {Share: 0.3, Status: 429}}, Late: Late{Share: 0.5}}
 	fates := func(seed uint64, site string, sets uint64) (out []string) {

@@ -9,6 +9,7 @@
 package kitchen
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -81,24 +82,12 @@ type Config struct {
 var name = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
 
 func (c Config) withDefaults() Config {
-	if c.Addr == "" {
-		c.Addr = "127.0.0.1:0"
-	}
-	if c.OrderPointer == "" {
-		c.OrderPointer = "/_id"
-	}
-	if c.VersionPointer == "" {
-		c.VersionPointer = "/version"
-	}
-	if c.MaxBody == 0 {
-		c.MaxBody = 1 << 20
-	}
-	if c.MaxRecords == 0 {
-		c.MaxRecords = 1 << 18
-	}
-	if c.Log == nil {
-		c.Log = slog.Default()
-	}
+	c.Addr = cmp.Or(c.Addr, "127.0.0.1:0")
+	c.OrderPointer = cmp.Or(c.OrderPointer, "/_id")
+	c.VersionPointer = cmp.Or(c.VersionPointer, "/version")
+	c.MaxBody = cmp.Or(c.MaxBody, 1<<20)
+	c.MaxRecords = cmp.Or(c.MaxRecords, 1<<18)
+	c.Log = cmp.Or(c.Log, slog.Default())
 	return c
 }
 

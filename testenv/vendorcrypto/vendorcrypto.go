@@ -82,7 +82,7 @@ type Profile struct {
 	Hash            string `json:"hash"`             // "sha256" (default), "sha1" or "sha512"
 	Iterations      int    `json:"iterations"`       // of pbkdf2; default 600,000
 	Salt            string `json:"salt"`             // UTF-8 text; default empty
-	Info            string `json:"info"`             // of hkdf; default empty
+	Info            string `json:"info"`             // of hkdf; default "kb-" and the profile
 	IVEncoding      string `json:"iv_encoding"`      // "base64" (default), "base64url" (without padding) or "hex"
 	MessageEncoding string `json:"message_encoding"` // as IVEncoding
 }
@@ -91,6 +91,7 @@ func (p Profile) withDefaults() Profile {
 	p.KDF = cmp.Or(p.KDF, "pbkdf2")
 	p.Hash = cmp.Or(p.Hash, "sha256")
 	p.Iterations = cmp.Or(p.Iterations, 600_000)
+	p.Info = cmp.Or(p.Info, "kb-"+p.Cipher)
 	p.IVEncoding = cmp.Or(p.IVEncoding, "base64")
 	p.MessageEncoding = cmp.Or(p.MessageEncoding, "base64")
 	return p

@@ -9,7 +9,7 @@ const plain = JSON.stringify({ _id: "o-1", version: 2, items: [{ name: "Crème b
 const bytes = (n, from) => Buffer.from(Array.from({ length: n }, (_, i) => (from + i * 7) & 255));
 
 function vector(name, profile, phrase, over = {}) {
-  const p = { kdf: "pbkdf2", hash: "sha256", iterations: 600000, salt: "", info: "", iv_encoding: "base64", message_encoding: "base64", ...profile };
+  const p = { kdf: "pbkdf2", hash: "sha256", iterations: 600000, salt: "", info: "kb-" + profile.profile, iv_encoding: "base64", message_encoding: "base64", ...profile };
   const key = p.kdf === "hkdf"
     ? Buffer.from(crypto.hkdfSync(p.hash, phrase, p.salt, p.info, 32))
     : crypto.pbkdf2Sync(phrase, p.salt, p.iterations, 32, p.hash);
@@ -17,6 +17,7 @@ function vector(name, profile, phrase, over = {}) {
   const c = crypto.createCipheriv(p.profile === "a256ctr" ? "aes-256-ctr" : "aes-256-gcm", key, iv);
   const parts = [c.update(plain, "utf8"), c.final()];
   if (p.profile === "a256gcm") parts.push(c.getAuthTag());
+  if (profile.info === undefined) delete p.info; // the reader's default must be the same
   const v = { name, profile: p, passphrase: phrase, iv: iv.toString(p.iv_encoding), message: Buffer.concat(parts).toString(p.message_encoding), plain, open: "ok" };
   return { ...v, ...(typeof over === "function" ? over(v) : over) };
 }
