@@ -231,12 +231,14 @@ func (c *committer) resolve(l *line, e *broker.Event, d *draft) {
 // copy for a duplicate only for a while, and this one may be older than that. A refusal
 // settles nothing here, since it is about the copy.
 func (c *committer) again(e *broker.Event) error {
-	ctx, cancel := context.WithTimeoutCause(c.ctx, c.wait, errHub)
+	look, cancel := context.WithTimeoutCause(c.ctx, c.wait, errHub)
 	defer cancel()
-	if last, _, err := c.hub.LastEvent(ctx, e.Site, e.Edge); err == nil && last.Epoch == e.Epoch && last.Seq == e.Seq {
+	if last, _, err := c.hub.LastEvent(look, e.Site, e.Edge); err == nil && last.Epoch == e.Epoch && last.Seq == e.Seq {
 		return nil
 	}
-	_, _, err := c.hub.PublishEvent(ctx, e)
+	publish, cancel := context.WithTimeoutCause(c.ctx, c.wait, errHub)
+	defer cancel()
+	_, _, err := c.hub.PublishEvent(publish, e)
 	return err
 }
 

@@ -55,8 +55,9 @@ type Config struct {
 	Kinds map[string]KindConfig `koanf:"kinds"`
 
 	// MaxBody is the longest body taken, in bytes, as it is sent (an encrypted one: its
-	// text). Default 262144 (256 KiB), 1024 to 393216: sealed and written as hex it then
-	// still fits into a message of the hub.
+	// text). Default 122880 (120 KiB), at least 1024, at most what still fits into a message
+	// of the hub (256 KiB) once it is sealed and encoded: 193520 under base64, 129008 at an
+	// edge with a site under hex.
 	MaxBody int64 `koanf:"max_body"`
 
 	// Wait is how long a POS waits for the Kitchen's answer when its request does not
@@ -175,7 +176,7 @@ const (
 	defaultDeadline        = 10 * time.Minute
 	defaultAlertDeadline   = 2 * time.Minute
 	defaultOrderID         = "/_id"
-	defaultMaxBody         = 256 << 10
+	defaultMaxBody         = 120 << 10
 	defaultWait            = 2 * time.Second
 	defaultMaxWait         = 30 * time.Second
 	defaultCommitWait      = 5 * time.Second
@@ -186,9 +187,11 @@ const (
 	defaultAnswerBytes     = 64 << 20
 	defaultShutdown        = 10 * time.Second
 
-	// largestBody: written as hex it doubles, and a quarter of a MiB is left for headers and
-	// escapes in a message of 1 MiB.
-	largestBody     = 384 << 10
+	// maxEvent is the longest message that the hub's stream takes, headers and body, and
+	// eventRoom what is left in it for everything that is not the sealed payload.
+	maxEvent        = 256 << 10
+	eventRoom       = 4 << 10
+	sealTag         = 16             // a256gcm appends as many bytes
 	longestDeadline = 72 * time.Hour // what the hub keeps
 )
 
@@ -285,7 +288,7 @@ func (c Config) Validate() error {
 			wrong("%s: %d is out of range: %d to %d", key, v, least, most)
 		}
 	}
-	count("max_body", c.MaxBody, 1<<10, largestBody)
+	count("max_body", c.MaxBody, 1<<10, c.largestBody())
 	within("max_wait", c.MaxWait, time.Millisecond, 5*time.Minute)
 	if c.MaxWait >= time.Millisecond {
 		within("wait", c.Wait, time.Millisecond, c.MaxWait)
@@ -298,6 +301,17 @@ func (c Config) Validate() error {
 	count("answer_bytes", c.AnswerBytes, 1<<20, 1<<40)
 	within("shutdown", c.Shutdown, time.Millisecond, 5*time.Minute)
 	return errors.Join(errs...)
+}
+
+// largestBody is the longest plain body that fits into an event of every site.
+func (c Config) largestBody() int64 {
+	most := int64(maxEvent-eventRoom)/4*3 - sealTag
+	for _, s := range c.Sites {
+		if s.Cipher.MessageEncoding == envelope.Hex {
+			return int64(maxEvent-eventRoom)/2 - sealTag
+		}
+	}
+	return most
 }
 
 func (c Config) checkListen() []error {

@@ -141,7 +141,7 @@ func (e *Edge) Run(ctx context.Context) error {
 	}
 	h, err := broker.Connect(ctx, broker.ConnectConfig{HubConfig: e.cfg.Hub, Name: e.cfg.Name, Log: e.log, Metrics: e.cfg.Metrics})
 	if err != nil {
-		return fmt.Errorf("hub: %w", err)
+		return err
 	}
 	err = e.run(ctx, h, listeners)
 	return errors.Join(err, h.Close())

@@ -183,7 +183,9 @@ func ingestRows(t *testing.T) []ingestRow {
 					t.Errorf("kind %s, within %v", d.kind, d.within)
 				}
 			}},
-		{name: "the Kitchen had it already", setup: kitchen(func(*draft) *reply { return &reply{state: "delivered", reason: "repeated", status: 409, body: "again?"} }),
+		{name: "the Kitchen had it already", setup: kitchen(func(*draft) *reply {
+			return &reply{state: "delivered", reason: "repeated", status: 409, body: "again?"}
+		}),
 			call: plain, status: 200, want: `{"id":"ID","state":"delivered","kitchen_status":409}`, header: map[string]string{"Content-Type": "application/json"}, stored: 1},
 		{name: "the Kitchen answers without a body", setup: kitchen(func(*draft) *reply { return &reply{state: "delivered", reason: "accepted", status: 204} }),
 			call: plain, status: 204, stored: 1},
@@ -262,7 +264,9 @@ func ingestRows(t *testing.T) []ingestRow {
 			problem: map[string]any{"reason": "busy", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "1"}},
 		{name: "the site's keys were never fetched", call: call{token: tokenUnread, body: order}, status: 503,
 			problem: map[string]any{"reason": "keys-not-fetched"}, header: map[string]string{"Retry-After": "5"}},
-		{name: "the Portal cannot be asked about a fingerprint", setup: func(_ *testing.T, r *rig) { r.portal.refresh = func() error { return errors.New("connection refused") } },
+		{name: "the Portal cannot be asked about a fingerprint", setup: func(_ *testing.T, r *rig) {
+			r.portal.refresh = func() error { return errors.New("connection refused") }
+		},
 			call: enc(tokenTill1, "3c59dc048e8850243be8079a5c74d079", iv, message), status: 503,
 			problem: map[string]any{"reason": "keys-refresh-failed"}, header: map[string]string{"Retry-After": "5"}},
 		{name: "no key may seal now", setup: func(t *testing.T, r *rig) {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -65,10 +66,11 @@ var key = func() func(tb testing.TB, p envelope.Profile, fp string) *envelope.Ke
 		defer mu.Unlock()
 		id := string(p) + fp
 		if made[id] == nil {
-			now := time.Now()
-			c := envelope.KeyConfig{Fingerprint: fp, Passphrase: phrase, ValidAfter: now.Add(-time.Hour), ValidUntil: now.Add(24 * time.Hour)}
+			// Valid in a synctest bubble too, where it is the year 2000.
+			year := func(y int) time.Time { return time.Date(y, 1, 1, 0, 0, 0, 0, time.UTC) }
+			c := envelope.KeyConfig{Fingerprint: fp, Passphrase: phrase, ValidAfter: year(1991), ValidUntil: year(2999)}
 			if fp == fpEnded {
-				c.ValidAfter, c.ValidUntil = now.Add(-48*time.Hour), now.Add(-24*time.Hour)
+				c.ValidAfter, c.ValidUntil = year(1990), year(1992)
 			}
 			k, err := envelope.NewKey(profile(p), c)
 			if err != nil {
@@ -347,6 +349,8 @@ func (c call) request(base string) *http.Request {
 	}
 	return req
 }
+
+func textLog(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
 type nopCloser struct{}
 

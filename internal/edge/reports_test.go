@@ -1,0 +1,88 @@
+package edge
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+)
+
+func TestReportsSettleOnlyWhatTheyProve(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		spoil func(r *broker.Report) // after it was tagged
+		retag bool                   // and tag it again: the bridge said so
+		state state
+		drop  string
+	}{
+		{name: "as the bridge sent it", state: stateDelivered},
+		{name: "state changed", spoil: func(r *broker.Report) { r.State = "failed" }, state: stateAccepted, drop: dropUnverified},
+		{name: "status changed", spoil: func(r *broker.Report) { r.Status = 500 }, state: stateAccepted, drop: dropUnverified},
+		{name: "of another message", spoil: func(r *broker.Report) { r.ID = "other" }, state: stateAccepted, drop: dropUnverified},
+		{name: "of another site", spoil: func(r *broker.Report) { r.Site = "strict" }, state: stateAccepted, drop: dropUnverified},
+		{name: "of a site that is not here", spoil: func(r *broker.Report) { r.Site = "nowhere" }, state: stateAccepted, drop: dropUnknown},
+		{name: "answer changed", spoil: func(r *broker.Report) { r.Triple.Message = []byte("AAAA" + string(r.Triple.Message[4:])) }, state: stateAccepted, drop: dropUnverified},
+		{name: "binding key that is none", spoil: func(r *broker.Report) { r.Bind = "b9" }, state: stateAccepted, drop: dropUnverified},
+		{name: "no tag", spoil: func(r *broker.Report) { r.Tag = "" }, state: stateAccepted, drop: dropUnverified},
+		{name: "of another edge", spoil: func(r *broker.Report) { r.Edge = "store-8" }, state: stateAccepted},
+		{name: "of the epoch before", spoil: func(r *broker.Report) { r.Epoch = "epochbefore" }, retag: true, state: stateAccepted, drop: dropUnknown},
+		{name: "of another number", spoil: func(r *broker.Report) { r.Seq = 9 }, retag: true, state: stateAccepted, drop: dropUnknown},
+		{name: "a state that is none", spoil: func(r *broker.Report) { r.State = "accepted" }, retag: true, state: stateAccepted, drop: dropMalformed},
+		{name: "an answer that does not open", spoil: func(r *broker.Report) { r.Triple.Message = []byte("AAAA") }, retag: true, state: stateDelivered, drop: dropAnswerSeal},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r := newRig(t, nil)
+			w := r.do(t.Context(), call{token: tokenTill1, body: order, header: with("Idempotency-Key", "k", "Prefer", "wait=0")})
+			d := r.store.stored()[0]
+			report := r.store.reportOf(d, 1, cooks(d))
+			if tc.spoil != nil {
+				tc.spoil(report)
+			}
+			if tc.retag {
+				report.Tag = r.portal.Site("gcm").Binding.Current().TagReport(&report.Report)
+			}
+			r.follow.take(report)
+			v, ok := r.edge.register.find(w.Header().Get("Kb-Id"), "gcm", "till-1")
+			if !ok || v.state != tc.state {
+				t.Errorf("state %s, want %s", v.state, tc.state)
+			}
+			for _, reason := range []string{dropUnverified, dropUnknown, dropMalformed, dropAnswerSeal} {
+				want := 0
+				if reason == tc.drop {
+					want = 1
+				}
+				if got := drops(t, r.edge.metrics, reason); got != want {
+					t.Errorf("%s counted %d times, want %d", reason, got, want)
+				}
+			}
+			if tc.state != stateDelivered {
+				return
+			}
+			again := r.do(t.Context(), call{token: tokenTill1, body: order, header: with("Idempotency-Key", "k", "Prefer", "wait=0")})
+			want := `{"ticket":17}`
+			if tc.drop == dropAnswerSeal {
+				want = ""
+			}
+			if again.Code != 201 || again.Body.String() != want {
+				t.Errorf("asked again: %d %s", again.Code, again.Body)
+			}
+		})
+	}
+}
+
+func TestReportsWarnOfAFloodOnce(t *testing.T) {
+	var log strings.Builder
+	r := newRig(t, func(c *Config) { c.Log = textLog(&log) })
+	r.follow.log = r.edge.log
+	forged := &broker.Report{}
+	forged.Edge, forged.Site, forged.State = "store-7", "gcm", "delivered"
+	for range 100 {
+		r.follow.take(forged)
+	}
+	if n := strings.Count(log.String(), "report is not usable"); n != 1 {
+		t.Errorf("%d lines", n)
+	}
+	if got := drops(t, r.edge.metrics, dropUnverified); got != 100 {
+		t.Errorf("%d counted", got)
+	}
+}
