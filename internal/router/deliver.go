@@ -87,13 +87,13 @@ func (t *tenure) deliver(e *endpoint, it *item) bool {
 		}
 		if next == nil {
 			f, err := formOf(ev.Triple, t.r.keys.Site(e.site), it.refused, now)
-			if err != nil {
-				if t.unformed(e, it, err) {
-					return true
-				}
+			if err == nil {
+				next = &f
+			} else if next = t.unformed(e, it, err); it.fate != nil {
+				return true
+			} else if next == nil {
 				continue
 			}
-			next = &f
 		}
 		if t.begin.Err() != nil {
 			return false
@@ -148,20 +148,24 @@ func (t *tenure) deliver(e *endpoint, it *item) bool {
 	}
 }
 
-// unformed deals with an event that cannot be brought into the Kitchen's form. True: its
-// fate is known.
-func (t *tenure) unformed(e *endpoint, it *item, err error) bool {
+// unformed deals with an event that cannot be brought into the Kitchen's form: with the
+// keys fetched anew, else later, else never.
+func (t *tenure) unformed(e *endpoint, it *item, err error) *form {
+	if !errors.Is(err, errPoison) && t.refresh(e, it) == nil {
+		var f form
+		if f, err = formOf(it.d.Event.Triple, t.r.keys.Site(e.site), it.refused, time.Now()); err == nil {
+			return &f
+		}
+	}
 	t.r.metrics.attempts.inc(ReasonKeys)
 	t.alarm(alarmKeys, e, it, ReasonKeys, err)
 	if errors.Is(err, errPoison) {
 		it.fail(ReasonUndecryptable)
-		return true
+		return nil
 	}
-	// A refresh that changes something is what the next attempt needs; one that fails says
-	// so itself.
-	_ = t.refresh(e, it)
-	e.failed(time.Now(), &answer{})
-	return false
+	it.unformed++
+	e.pause(time.Now(), e.backoff(it.unformed))
+	return nil
 }
 
 // rewrap answers a Kitchen that cannot open the event: under another valid key of the

@@ -142,30 +142,37 @@ func (e *endpoint) post(ctx context.Context, d *broker.Delivery, f form, attempt
 	}
 	ctx, cancel := context.WithDeadline(ctx, until)
 	defer cancel()
-	var sent atomic.Bool
+	var used atomic.Pointer[net.Conn]
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { sent.Store(true) },
+		GotConn: func(i httptrace.GotConnInfo) { used.Store(&i.Conn) },
 	})
 	resp, err := e.rt.RoundTrip(e.request(d, f, attempt, deadline).WithContext(ctx))
 	if err != nil {
-		return e.noAnswer(ctx, err, sent.Load())
+		return noAnswer(ctx, err, used.Load())
 	}
 	defer resp.Body.Close()
 	body, err := readAnswer(resp, e.router.MaxAnswer)
 	if err != nil && resp.StatusCode == http.StatusBadRequest {
 		// What a 400 means stands in its body.
-		return e.noAnswer(ctx, err, true)
+		return noAnswer(ctx, err, used.Load())
 	}
 	return answer{status: resp.StatusCode, header: resp.Header, body: body, sent: true}
 }
 
-// noAnswer says why there is none, and sees to it that nothing more is sent on the
-// connection: HTTP/1 closes it by itself, HTTP/2 would keep it.
-func (e *endpoint) noAnswer(ctx context.Context, err error, sent bool) answer {
-	if sent {
-		e.close()
+// noAnswer says why there is none, and closes the connection if there was one: HTTP/1
+// would do so itself, HTTP/2 would go on using it. The connection belongs to the
+// transport, which finds it broken and makes another.
+func noAnswer(ctx context.Context, err error, used *net.Conn) answer {
+	if used != nil {
+		conn := *used
+		if secure, ok := conn.(*tls.Conn); ok {
+			conn = secure.NetConn() // without a word to the other side, which may not listen
+		}
+		if conn != nil {
+			_ = conn.Close()
+		}
 	}
-	return answer{failure: failureOf(ctx, err, sent), err: err, sent: sent}
+	return answer{failure: failureOf(ctx, err, used != nil), err: err, sent: used != nil}
 }
 
 func failureOf(ctx context.Context, err error, sent bool) Reason {
@@ -277,8 +284,8 @@ func (e *endpoint) wait() (until time.Time, stopped bool) {
 	return e.until, e.stopped
 }
 
-// pauseFor keeps the endpoint from being posted to for at least d.
-func (e *endpoint) pauseFor(now time.Time, d time.Duration) {
+// pause keeps the endpoint from being posted to for at least d.
+func (e *endpoint) pause(now time.Time, d time.Duration) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.pauseLocked(now.Add(d))

@@ -640,3 +640,5 @@ func (b *logBook) attr(message, key string) (value string) {
 
 // sortedKeys makes failures readable.
 func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }
+
+var quietLog = slog.New(slog.DiscardHandler)

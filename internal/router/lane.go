@@ -79,6 +79,7 @@ type progress struct {
 	last         answer    // of the latest
 	unknown      bool      // the latest that may have reached the Kitchen is unanswered
 	cut          time.Time // when that one ended
+	unformed     int       // how often there was nothing to post
 	refused      string    // fingerprint that the Kitchen refused
 	rewrapped    bool      // another key was tried
 	reformed     bool      // the other form was tried
