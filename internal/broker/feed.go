@@ -43,6 +43,7 @@ type Feed struct {
 	b     *Broker
 	cfg   FeedConfig
 	start time.Time
+	queue int // events waiting for Handle; beyond, what comes is lost and asked for again
 
 	contact atomic.Int64  // of the last sign of the hub: since start, in ns; 0 = none yet
 	head    atomic.Uint64 // stream sequence of the last event handed on, or of what was there before
@@ -63,7 +64,7 @@ func (b *Broker) NewFeed(cfg FeedConfig) (*Feed, error) {
 	if cfg.Gap == nil {
 		cfg.Gap = func(string) {}
 	}
-	return &Feed{b: b, cfg: cfg, start: time.Now()}, nil
+	return &Feed{b: b, cfg: cfg, start: time.Now(), queue: feedQueue}, nil
 }
 
 // LastContact is when the feed last heard from the hub's consumer: an event, or the
@@ -127,7 +128,7 @@ func (f *Feed) feed(ctx context.Context) (err error) {
 		return err
 	}
 
-	in := make(chan *nats.Msg, feedQueue)
+	in := make(chan *nats.Msg, f.queue)
 	inbox := f.b.nc.NewInbox()
 	sub, err := f.b.nc.ChanSubscribe(inbox, in)
 	if err != nil {

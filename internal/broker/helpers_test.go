@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -281,7 +282,7 @@ func settle(t testing.TB, b *Broker, p int, streamSeq uint64) {
 func followed(t testing.TB, b *Broker, sites ...string) <-chan *Report {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	subscribed := b.nc.NumSubscriptions() + len(sites)
+	subscribed := b.nc.NumSubscriptions() + len(slices.Compact(slices.Sorted(slices.Values(sites))))
 	reports, done := make(chan *Report, 1000), make(chan struct{})
 	go func() {
 		defer close(done)
