@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -157,10 +158,12 @@ func certificate(t *testing.T) (*x509.CertPool, TLSConfig) {
 }
 
 // Screens come and go while events are fed: whoever is there sees each event from its
-// handshake on, once and in order, or is closed for being too slow.
+// handshake on, once and in order. The queue is too long to fill.
 func TestScreensComeAndGoUnderLoad(t *testing.T) {
 	const visits, workers = 20, 8
-	s := newStage(t, testConfig())
+	cfg := testConfig()
+	cfg.QueueFrames, cfg.QueueBytes = 1<<30, 1<<30
+	s := newStage(t, cfg)
 	if err := s.Listen(); err != nil {
 		t.Fatal(err)
 	}
@@ -175,6 +178,7 @@ func TestScreensComeAndGoUnderLoad(t *testing.T) {
 		for n := uint64(1); ctx.Err() == nil; n++ {
 			s.feed.event(event(t, site, n, fmt.Sprint(n)))
 			fed.Store(int64(n))
+			runtime.Gosched()
 		}
 	})
 	var seen atomic.Int64
@@ -191,9 +195,6 @@ func TestScreensComeAndGoUnderLoad(t *testing.T) {
 				last := int64(0)
 				for range 10 + v%7 {
 					_, text, err := conn.ReadMessage()
-					if closed, ok := errors.AsType[*websocket.CloseError](err); ok && closed.Code == websocket.CloseTryAgainLater {
-						break
-					}
 					if err != nil {
 						t.Errorf("read: %v", err)
 						break
@@ -222,7 +223,7 @@ func TestScreensComeAndGoUnderLoad(t *testing.T) {
 	feeder.Wait()
 	s.finish()
 	s.wantCount("kb_wsgate_screens", "", 0)
-	if seen.Load() < workers*visits {
+	if seen.Load() < workers*visits*5 {
 		t.Errorf("only %d frames were seen in %d visits", seen.Load(), workers*visits)
 	}
 	total := 0
