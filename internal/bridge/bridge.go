@@ -102,7 +102,7 @@ func (b *Bridge) Run(ctx context.Context) (err error) {
 	var settled atomic.Bool // the hub's assets are as they should be
 	g, ctx := errgroup.WithContext(ctx)
 	if b.cfg.Admin.Listen != "off" {
-		ops, err := admin.New(admin.Config{Listen: b.cfg.Admin.Listen, Metrics: b.metrics, Log: b.log, Ready: map[string]func() error{
+		ready := map[string]func() error{
 			"hub": func() error {
 				if !hub.Connected() {
 					return errors.New(hub.Status())
@@ -116,7 +116,11 @@ func (b *Bridge) Run(ctx context.Context) (err error) {
 				return nil
 			},
 			"keys": b.keys.Ready,
-		}})
+		}
+		if gate != nil {
+			ready["screens"] = gate.Ready
+		}
+		ops, err := admin.New(admin.Config{Listen: b.cfg.Admin.Listen, Metrics: b.metrics, Log: b.log, Ready: ready})
 		if err != nil {
 			return err
 		}
