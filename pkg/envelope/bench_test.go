@@ -127,7 +127,7 @@ func BenchmarkTripleSeal(b *testing.B) {
 	})
 }
 
-// BenchmarkTripleSealFloor: random IV, cipher, base64 of both, one copy of the text.
+// BenchmarkTripleSealFloor: cipher, base64 of both, one copy of the text. The random IV, about 70 ns, is not in it.
 func BenchmarkTripleSealFloor(b *testing.B) {
 	aead := floorAEAD(b)
 	eachSize(b, func(b *testing.B, plaintext []byte) {
@@ -136,7 +136,6 @@ func BenchmarkTripleSealFloor(b *testing.B) {
 		text := make([]byte, base64.StdEncoding.EncodedLen(len(plaintext)+16))
 		dst := make([]byte, len(text))
 		for b.Loop() {
-			rand.Read(iv)
 			base64.StdEncoding.Encode(ivText, iv)
 			base64.StdEncoding.Encode(text, aead.Seal(ciphertext, iv, plaintext, nil))
 			copy(dst, text)
@@ -289,7 +288,8 @@ func BenchmarkTagEventFloor(b *testing.B) {
 }
 
 // BenchmarkBudget measures each piece of work and its floor in turns, a few microseconds each, so that whatever else the machine does
-// hits both alike. x-floor is the median of the ratios; the budgets are 1.15 for raw and 1.25 for triples.
+// hits both alike. x-floor is the median of the ratios; the budgets are 1.15 for raw, over cipher and random IV, and 1.25 for triples,
+// over cipher, base64 and one copy.
 func BenchmarkBudget(b *testing.B) {
 	const size, turns = 1024, 8
 	plaintext := benchPlaintext(size)
@@ -322,7 +322,6 @@ func BenchmarkBudget(b *testing.B) {
 		}},
 		{"raw-open", func() { k.OpenRaw(opened, rawIV, ours) }, func() { aead.Open(opened, floorIV, raw, nil) }},
 		{"triple-seal", func() { k.AppendSeal(dst, plaintext) }, func() {
-			rand.Read(iv)
 			base64.StdEncoding.Encode(ivText, iv)
 			base64.StdEncoding.Encode(text, aead.Seal(sealed, iv, plaintext, nil))
 			copy(copied, text)
@@ -341,7 +340,6 @@ func BenchmarkBudget(b *testing.B) {
 			t, _ := ParseTriple(b, 1<<20)
 			k.Open(out, t)
 		}, func() {
-			rand.Read(iv)
 			base64.StdEncoding.Encode(ivText, iv)
 			base64.StdEncoding.Encode(text, aead.Seal(sealed, iv, plaintext, nil))
 			copy(copied, text)

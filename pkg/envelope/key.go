@@ -69,6 +69,7 @@ func NewKey(s Settings, c KeyConfig) (*Key, error) {
 	if err := errors.Join(err, checkFingerprint(c.Fingerprint), checkPhrase(s, c.Passphrase), checkValidity(c)); err != nil {
 		return nil, err
 	}
+	phrase := c.Passphrase
 	return &Key{
 		fingerprint: c.Fingerprint,
 		validAfter:  c.ValidAfter,
@@ -76,7 +77,7 @@ func NewKey(s Settings, c KeyConfig) (*Key, error) {
 		sealFrom:    c.sealFrom(),
 		settings:    s,
 		form:        newForm(s, c.Fingerprint),
-		derived:     &derived{phrase: func() Secret { return c.Passphrase }},
+		derived:     &derived{phrase: func() Secret { return phrase }},
 	}, nil
 }
 
@@ -188,7 +189,7 @@ func deriveKey(s Settings, phrase Secret) ([]byte, error) {
 	return pbkdf2.Key(s.hash().New, string(phrase), []byte(s.Salt), s.Iterations, keySize)
 }
 
-// NewIV appends a fresh random IV of the profile's length to dst.
+// NewIV appends a fresh random IV of the profile's length to dst. The error is nil: crypto/rand ends the program rather than fail.
 func (k *Key) NewIV(dst []byte) ([]byte, error) {
 	start := len(dst)
 	dst = slices.Grow(dst, k.form.ivSize)[:start+k.form.ivSize]

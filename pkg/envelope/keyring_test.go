@@ -97,6 +97,7 @@ func TestCheckIV(t *testing.T) {
 		{A256GCM, Base64, "AAAAAAAA-_AAAAAA", false},
 		{A256GCM, Base64URL, "AAAAAAAA-_AAAAAA", true},
 		{A256GCM, Base64URL, "AAAAAAAA+/AAAAAA", false},
+		{A256GCM, Base64URL, "AAAAAAAA\nAAAAAAAA", false}, // decodes to 12 bytes, were line breaks passed over
 		{A256GCM, Hex, "00112233445566778899aAbB", true},
 		{A256GCM, Hex, "00112233445566778899aAb", false},
 		{A256GCM, Hex, "00112233445566778899aAbg", false},

@@ -82,23 +82,15 @@ type form struct {
 	json     bool // the plaintext must be JSON, for want of an integrity check
 	iv       Encoding
 	message  Encoding
-	// middle of the JSON, fingerprint within: ","fingerprint":"…","message":"
-	middle string
+	middle   string // of the JSON: from behind the IV to before the message, the fingerprint within
 }
-
-const (
-	jsonHead = `{"iv":"`
-	jsonTail = `"}`
-)
 
 func newForm(s Settings, fingerprint string) form {
 	f := form{ivSize: gcmIVSize, overhead: gcmOverhead, iv: s.IVEncoding, message: s.MessageEncoding}
 	if s.Profile == A256CTR {
 		f = form{ivSize: ctrIVSize, json: true, iv: s.IVEncoding, message: s.MessageEncoding}
 	}
-	middle := append([]byte(`","fingerprint":`), '"')
-	middle = appendEscaped(middle, []byte(fingerprint))
-	f.middle = string(middle) + `","message":"`
+	f.middle = string(appendEscaped([]byte(jsonFingerprint), []byte(fingerprint))) + jsonMessage
 	return f
 }
 
@@ -148,9 +140,9 @@ func (f *form) appendSeal(dst []byte, c *suite, plaintext []byte) ([]byte, error
 	return dst, nil
 }
 
-// encodeForward writes the text of raw over text, where raw may be a part of text that starts at 0 when it fits one chunk, or its
-// tail. The text written after k bytes is at most k/3 (base64) or k (hex) longer than k, and the tail starts at least as far in as
-// all of its bytes need, so a byte is never overwritten before it was copied out.
+// encodeForward writes the text of raw over text. raw may lie in text: at its end, or, when it fits one chunk, anywhere. From the end
+// the text never overtakes what is still to be read: k bytes read make at most k/3 (base64) or k (hex) characters more than k, and
+// the whole of raw stands as far behind the beginning of text as all of its bytes need.
 func encodeForward(e Encoding, text, raw []byte) {
 	var chunk [768]byte // a multiple of 3: padding at the end only
 	for len(raw) > 0 {
@@ -189,9 +181,6 @@ func (f *form) open(dst []byte, c *suite, t Triple) ([]byte, error) {
 	n, err := f.message.decode(space, text)
 	if err != nil {
 		return nil, fmt.Errorf("%w: message: %w", ErrDecrypt, err)
-	}
-	if n < f.overhead {
-		return nil, fmt.Errorf("%w: message of %d bytes is shorter than its %d-byte authentication tag", ErrDecrypt, n, f.overhead)
 	}
 	ivSpace := space[n : n+f.ivSize]
 	copy(ivSpace, iv)

@@ -19,16 +19,24 @@ type Triple struct {
 	Message     []byte // the encrypted data
 }
 
+// What stands around the three texts in the canonical form.
+const (
+	jsonHead        = `{"iv":"`
+	jsonFingerprint = `","fingerprint":"`
+	jsonMessage     = `","message":"`
+	jsonTail        = `"}`
+)
+
 // AppendJSON appends {"iv":…,"fingerprint":…,"message":…} to dst, without white space. Text that is valid UTF-8 is kept exactly
 // (control characters, such as a POS's trailing line break, are escaped) and [ParseTriple] gives it back. JSON cannot carry other
 // bytes: each becomes U+FFFD; such a text opens under no encoding.
 func (t Triple) AppendJSON(dst []byte) []byte {
-	dst = slices.Grow(dst, len(`{"iv":"","fingerprint":"","message":""}`)+len(t.IV)+len(t.Fingerprint)+len(t.Message))
+	dst = slices.Grow(dst, len(jsonHead+jsonFingerprint+jsonMessage+jsonTail)+len(t.IV)+len(t.Fingerprint)+len(t.Message))
 	dst = append(dst, jsonHead...)
 	dst = appendEscaped(dst, t.IV)
-	dst = append(dst, `","fingerprint":"`...)
+	dst = append(dst, jsonFingerprint...)
 	dst = appendEscaped(dst, t.Fingerprint)
-	dst = append(dst, `","message":"`...)
+	dst = append(dst, jsonMessage...)
 	dst = appendEscaped(dst, t.Message)
 	return append(dst, jsonTail...)
 }
@@ -54,10 +62,10 @@ func ParseTriple(b []byte, max int) (Triple, error) {
 // parseCanonical reads what AppendJSON writes when nothing had to be escaped, which is nearly all there is. It accepts nothing that
 // the parser would read in another way.
 func parseCanonical(b []byte) (Triple, bool) {
-	iv, b := cutText(b, `{"iv":"`)
-	fingerprint, b := cutText(b, `,"fingerprint":"`)
-	message, b := cutText(b, `,"message":"`)
-	return Triple{iv, fingerprint, message}, len(iv) > 0 && len(fingerprint) > 0 && string(b) == "}"
+	iv, b := cutText(b, jsonHead)
+	fingerprint, b := cutText(b, jsonFingerprint[1:]) // the quote before it is cut already
+	message, b := cutText(b, jsonMessage[1:])
+	return Triple{iv, fingerprint, message}, len(iv) > 0 && len(fingerprint) > 0 && string(b) == jsonTail[1:]
 }
 
 // cutText returns the text between before, with which b begins, and the next quote, and what follows the quote. It returns nothing

@@ -115,7 +115,7 @@ func TestAppendJSONEscapes(t *testing.T) {
 
 // TestScans looks at every byte value at every place around the 8- and 32-byte steps.
 func TestScans(t *testing.T) {
-	for length := range 80 {
+	for _, length := range []int{1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 39, 40, 41, 63, 64, 65, 73} {
 		for at := range length {
 			for c := range 256 {
 				b := bytes.Repeat([]byte("a"), length)
