@@ -192,7 +192,6 @@ func pick[T any](r *rand.Rand, of []T) T { return of[r.IntN(len(of))] }
 func (g Generator) Message(i uint64, version int) Message {
 	r := g.rng(i, 0)
 	id := fmt.Sprintf("%016x%08x", g.seed, i)
-	// The counter stays readable in the id as long as it is below 2^32, far beyond any run.
 	date := time.Date(2026, 1, 1+int(g.seed%365), 0, 0, 0, 0, time.UTC).Format(time.DateOnly)
 	if alert(r) {
 		a := pick(r, alerts)
