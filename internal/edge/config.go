@@ -132,8 +132,8 @@ func (c TLSConfig) on() bool { return c.CertFile != "" || c.KeyFile != "" }
 
 // AdminConfig is the address for ops: /healthz, /readyz, /metrics.
 type AdminConfig struct {
-	// Listen is host:port. There is no authorization on it: keep it on loopback, or behind
-	// something that has one. Default 127.0.0.1:9641.
+	// Listen is host:port, or "off". There is no authorization on it: keep it on loopback,
+	// or behind something that has one. Default 127.0.0.1:9641.
 	Listen string `koanf:"listen"`
 }
 
@@ -173,6 +173,7 @@ type KindConfig struct {
 const (
 	defaultListen          = "127.0.0.1:8080"
 	defaultAdmin           = "127.0.0.1:9641"
+	adminOff               = "off"
 	defaultDeadline        = 10 * time.Minute
 	defaultAlertDeadline   = 2 * time.Minute
 	defaultOrderID         = "/_id"
@@ -260,8 +261,10 @@ func (c Config) Validate() error {
 		wrong("name: %w", err)
 	}
 	errs = append(errs, c.checkListen()...)
-	if _, _, err := net.SplitHostPort(c.Admin.Listen); err != nil {
-		wrong("admin.listen: %w; write host:port", err)
+	if c.Admin.Listen != adminOff {
+		if _, _, err := net.SplitHostPort(c.Admin.Listen); err != nil {
+			wrong("admin.listen: %w; write host:port, or off", err)
+		}
 	}
 	if len(c.Hub.URLs) == 0 {
 		wrong("hub.urls: required: the addresses of the hub, as in nats://hub.example:4222; an edge embeds none")

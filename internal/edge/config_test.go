@@ -43,6 +43,7 @@ func TestValidateNamesEachMistake(t *testing.T) {
 		{name: "key without certificate", change: func(c *Config) { c.Listen = []ListenConfig{{Addr: "127.0.0.1:80", TLS: TLSConfig{KeyFile: "k"}}} }, want: []string{"listen[0].tls.cert_file: "}},
 		{name: "listener of no site", change: func(c *Config) { c.Listen = []ListenConfig{{Addr: "127.0.0.1:80", Site: "gmc"}} }, want: []string{"listen[0].site: "}},
 		{name: "no authorization beyond loopback", change: func(c *Config) { c.Listen = []ListenConfig{{Addr: ":80"}} }, want: []string{"sites.ctr.authorization: none, but listen[0]"}},
+		{name: "no admin address", change: func(c *Config) { c.Admin.Listen = "off" }},
 		{name: "admin address", change: func(c *Config) { c.Admin.Listen = "9641" }, want: []string{"admin.listen: "}},
 		{name: "no hub", change: func(c *Config) { c.Hub.URLs = nil }, want: []string{"hub.urls: required"}},
 		{name: "an embedded hub", change: func(c *Config) { c.Hub = broker.HubConfig{Listen: ":4222", Sync: "always"} }, want: []string{"hub.urls: required", "hub: listen, users and sync"}},

@@ -178,7 +178,7 @@ func (e *Edge) run(ctx context.Context, h hub, listeners []net.Listener) error {
 	follow := &reports{edge: e.cfg.Name, epoch: c.epoch, keys: e.keys, register: e.register, metrics: e.metrics, log: e.log,
 		warn: rate.Sometimes{First: 3, Interval: 10 * time.Second}}
 	in := e.ingest(c, h)
-	ops, err := e.ops(h, in)
+	ops, err := admin.New(admin.Config{Listen: e.cfg.Admin.Listen, Metrics: e.cfg.Metrics, Ready: e.ready(h, in), Log: e.log})
 	if err != nil {
 		return err
 	}
@@ -204,7 +204,9 @@ func (e *Edge) run(ctx context.Context, h hub, listeners []net.Listener) error {
 	background("keys", e.keys.Run)
 	background("reports", func(ctx context.Context) error { return h.FollowReports(ctx, sites, follow.take) })
 	background("sweep", e.sweep)
-	background("admin", ops.Run)
+	if e.cfg.Admin.Listen != adminOff {
+		background("admin", ops.Run)
+	}
 
 	servers := make([]*http.Server, len(listeners))
 	for i, l := range listeners {
@@ -327,11 +329,6 @@ func (e *Edge) ready(h hub, in *ingest) map[string]func() error {
 			}
 		},
 	}
-}
-
-// ops builds the listener for ops.
-func (e *Edge) ops(h hub, in *ingest) (*admin.Server, error) {
-	return admin.New(admin.Config{Listen: e.cfg.Admin.Listen, Metrics: e.cfg.Metrics, Ready: e.ready(h, in), Log: e.log})
 }
 
 // server builds the server of one address.

@@ -85,28 +85,28 @@ var key = func() func(tb testing.TB, p envelope.Profile, fp string) *envelope.Ke
 	}
 }()
 
-// portal stands for keysync.
-type portal struct {
+// fakeKeys stand for keysync.
+type fakeKeys struct {
 	mu      sync.Mutex
 	sites   map[string]*keysync.Site
 	refresh func() error
 	ready   error
 }
 
-func (p *portal) Site(name string) *keysync.Site {
+func (p *fakeKeys) Site(name string) *keysync.Site {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.sites[name]
 }
 
-func (p *portal) RefreshFor(context.Context, string, string) error {
+func (p *fakeKeys) RefreshFor(context.Context, string, string) error {
 	if p.refresh != nil {
 		return p.refresh()
 	}
 	return keysync.ErrStillUnknown
 }
-func (p *portal) Ready() error                  { return p.ready }
-func (p *portal) Run(ctx context.Context) error { <-ctx.Done(); return nil }
+func (p *fakeKeys) Ready() error                  { return p.ready }
+func (p *fakeKeys) Run(ctx context.Context) error { <-ctx.Done(); return nil }
 
 func binding(tb testing.TB, site string) *envelope.Binding {
 	tb.Helper()
@@ -259,7 +259,7 @@ type rig struct {
 	ingest  *ingest
 	store   *fakeStore
 	hub     *fakeHub
-	portal  *portal
+	portal  *fakeKeys
 	follow  *reports
 	handler http.Handler
 }
@@ -270,7 +270,7 @@ func newRig(tb testing.TB, change func(*Config)) *rig {
 	if change != nil {
 		change(&cfg)
 	}
-	p := &portal{sites: map[string]*keysync.Site{}}
+	p := &fakeKeys{sites: map[string]*keysync.Site{}}
 	for name := range cfg.Sites {
 		prof := envelope.A256GCM
 		if name == "ctr" {
