@@ -14,6 +14,7 @@ import (
 var wantStreams = []string{"POS", "KITCHEN", "DLQ", "KV_keys", "KV_leases", "KV_parked", "KV_acks", "KV_commands"}
 
 func TestAssetsAreCreatedAndThenPassTheCheck(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	if err := b.CheckAssets(deadline(t)); err != nil {
 		t.Errorf("just made: %v", err)
@@ -41,6 +42,7 @@ func TestAssetsAreCreatedAndThenPassTheCheck(t *testing.T) {
 }
 
 func TestAStreamsPartitionIsWhatTheBrokerComputes(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	for i, site := range []string{"a", "store-1", "store-2", "0", "paris-nord", strings.Repeat("z", 63)} {
 		for _, kind := range []string{"order", "alert", KindExpired, "any-other"} {
@@ -69,6 +71,7 @@ func TestAStreamsPartitionIsWhatTheBrokerComputes(t *testing.T) {
 }
 
 func TestEventsAndReportsAreRepublishedLive(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	sub, err := b.nc.SubscribeSync("live.>")
 	if err != nil {
@@ -91,6 +94,7 @@ func TestEventsAndReportsAreRepublishedLive(t *testing.T) {
 }
 
 func TestAssetsThatAreThereAreNotChanged(t *testing.T) {
+	t.Parallel()
 	p := startProcess(t)
 	b := remote(t, "bridge", p.hub.ClientURL())
 	own := jetstream.StreamConfig{
@@ -118,6 +122,7 @@ func TestAssetsThatAreThereAreNotChanged(t *testing.T) {
 }
 
 func TestAnEmbeddedHubFollowsItsConfiguredSize(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	for _, cfg := range []HubConfig{{MaxBytes: 64 << 20}, {MaxBytes: 32 << 20}, {MaxBytes: 128 << 20}} {
 		hub := startHub(t, cfg, dir)
@@ -141,6 +146,7 @@ func TestAnEmbeddedHubFollowsItsConfiguredSize(t *testing.T) {
 }
 
 func TestCheckNamesEveryDifference(t *testing.T) {
+	t.Parallel()
 	has := func(change func(*jetstream.StreamConfig)) jetstream.StreamConfig {
 		cfg := streams(16, 3, defaultMaxBytes)[0]
 		change(&cfg)
@@ -224,6 +230,7 @@ func TestCheckNamesEveryDifference(t *testing.T) {
 }
 
 func TestCheckSaysWhatIsMissing(t *testing.T) {
+	t.Parallel()
 	hub := startHub(t, small, t.TempDir())
 	b := connect(t, ConnectConfig{HubConfig: small, Name: "bridge", Embedded: hub})
 	err := b.CheckAssets(deadline(t))

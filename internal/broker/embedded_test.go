@@ -25,6 +25,7 @@ import (
 )
 
 func TestEmbeddedHubRefuses(t *testing.T) {
+	t.Parallel()
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -91,6 +92,7 @@ func holdLock() {
 }
 
 func TestDataFolderIsFreeOnceItsProcessIsKilled(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	other := exec.Command(os.Args[0])
 	other.Env = append(os.Environ(), holdLockEnv+"="+filepath.Join(dir, "hub.lock"))
@@ -116,6 +118,7 @@ func TestDataFolderIsFreeOnceItsProcessIsKilled(t *testing.T) {
 }
 
 func TestEmbeddedHubKeepsItsDataOverARestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	hub := startHub(t, small, dir)
 	b := connect(t, ConnectConfig{HubConfig: small, Name: "bridge", Embedded: hub})
@@ -139,6 +142,7 @@ func TestEmbeddedHubKeepsItsDataOverARestart(t *testing.T) {
 }
 
 func TestDurabilityIsWhatTheHubDoes(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct{ sync, want string }{{"", "fsync"}, {"always", "fsync"}, {"interval", "interval"}} {
 		var log strings.Builder
 		cfg := HubConfig{Sync: row.sync, MaxBytes: 1 << 20}
@@ -165,6 +169,7 @@ func TestDurabilityIsWhatTheHubDoes(t *testing.T) {
 }
 
 func TestHubInProcessIsOpenToNobodyElse(t *testing.T) {
+	t.Parallel()
 	hub, b := embedded(t, small)
 	if url := hub.ClientURL(); url != "" {
 		t.Errorf("it listens on %s", url)
@@ -175,6 +180,7 @@ func TestHubInProcessIsOpenToNobodyElse(t *testing.T) {
 }
 
 func TestEmbeddedHubGrantsEachRoleItsOwn(t *testing.T) {
+	t.Parallel()
 	password := write(t, "password", "secret-of-edge-1\n")
 	cfg := HubConfig{MaxBytes: 64 << 20, Listen: "127.0.0.1:0", Users: []UserConfig{
 		{Name: "edge-1", PasswordFile: password, Role: RoleEdge},
@@ -279,6 +285,7 @@ func TestEmbeddedHubGrantsEachRoleItsOwn(t *testing.T) {
 }
 
 func TestEmbeddedHubListensWithTLS(t *testing.T) {
+	t.Parallel()
 	cert, key := certificate(t)
 	password := write(t, "password", "secret")
 	cfg := HubConfig{MaxBytes: 64 << 20, Listen: "127.0.0.1:0", CertFile: cert, KeyFile: key, Users: []UserConfig{{Name: "edge-1", PasswordFile: password, Role: RoleEdge}}}
@@ -296,6 +303,7 @@ func TestEmbeddedHubListensWithTLS(t *testing.T) {
 }
 
 func TestConnectRefusesWrongSettings(t *testing.T) {
+	t.Parallel()
 	hub := startHub(t, small, t.TempDir())
 	away := HubConfig{URLs: []string{"nats://127.0.0.1:1"}}
 	with := func(change func(*HubConfig)) HubConfig {
@@ -332,6 +340,7 @@ func TestConnectRefusesWrongSettings(t *testing.T) {
 }
 
 func TestConnectDoesNotNeedTheHub(t *testing.T) {
+	t.Parallel()
 	p := startProcess(t)
 	url := p.hub.ClientURL()
 	p.stop()
@@ -353,6 +362,7 @@ func TestConnectDoesNotNeedTheHub(t *testing.T) {
 }
 
 func TestLoginIsTriedAgainUntilThePasswordIsRight(t *testing.T) {
+	t.Parallel()
 	password := write(t, "password", "old")
 	cfg := HubConfig{MaxBytes: 64 << 20, Listen: "127.0.0.1:0", Users: []UserConfig{{Name: "edge-1", PasswordBcrypt: someBcrypt, Role: RoleEdge}}}
 	hub, _ := embedded(t, cfg)

@@ -83,6 +83,7 @@ func (f *fed) gap(reason string) {
 }
 
 func TestFeedBringsEveryEventFromNowOnInOrder(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	publish(t, b, "store-1", 1, 5) // from before
 	f := feed(t, b, nil)
@@ -109,6 +110,7 @@ func TestFeedBringsEveryEventFromNowOnInOrder(t *testing.T) {
 }
 
 func TestFeedHearsTheHubWhenThereIsNoEvent(t *testing.T) {
+	t.Parallel()
 	p := startProcess(t)
 	b := remote(t, "bridge", p.hub.ClientURL())
 	apply(t, b)
@@ -144,6 +146,7 @@ func deleteFeeds(t *testing.T, b *Broker) {
 }
 
 func TestFeedLosesNothing(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct {
 		name    string
 		disturb func(t *testing.T, p *hubProcess, b *Broker)
@@ -180,6 +183,7 @@ func TestFeedLosesNothing(t *testing.T) {
 }
 
 func TestFeedSaysWhatItCannotBring(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct {
 		name    string
 		disturb func(t *testing.T, p *hubProcess, b *Broker)
@@ -246,6 +250,7 @@ func TestFeedSaysWhatItCannotBring(t *testing.T) {
 }
 
 func TestFeedAnswersTheHubsControlMessages(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	f, err := b.NewFeed(FeedConfig{Handle: func(*Delivery) {}})
 	if err != nil {
@@ -288,6 +293,7 @@ func TestFeedAnswersTheHubsControlMessages(t *testing.T) {
 }
 
 func TestFeedRefusesWrongSettings(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	for name, cfg := range map[string]FeedConfig{
 		"no handler":            {},

@@ -11,6 +11,7 @@ import (
 )
 
 func TestPartitionDeliversInStreamOrderFromTheOldestUnacknowledged(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	site := siteOf(t, b, 2)
 	publish(t, b, site, 1, 10)
@@ -55,6 +56,7 @@ func TestPartitionDeliversInStreamOrderFromTheOldestUnacknowledged(t *testing.T)
 }
 
 func TestPartitionIsTakenOverAgain(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct {
 		name    string
 		disturb func(t *testing.T, p *hubProcess, b *Broker, last *Delivery)
@@ -156,6 +158,7 @@ func steal(t *testing.T, b *Broker) {
 }
 
 func TestPartitionDoesNotWaitForThePinOfADeadBridge(t *testing.T) {
+	t.Parallel()
 	p := startProcess(t)
 	b := remote(t, "bridge", p.hub.ClientURL())
 	apply(t, b)
@@ -193,6 +196,7 @@ func TestPartitionDoesNotWaitForThePinOfADeadBridge(t *testing.T) {
 }
 
 func TestPartitionIsNotTakenFromAClientThatPulls(t *testing.T) {
+	t.Parallel()
 	p := startProcess(t)
 	b, other := remote(t, "bridge", p.hub.ClientURL()), remote(t, "bridge-2", p.hub.ClientURL())
 	apply(t, b)
@@ -217,6 +221,7 @@ func TestPartitionIsNotTakenFromAClientThatPulls(t *testing.T) {
 }
 
 func TestPartitionTakesOverAgainWhenTheCallerCannot(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -237,6 +242,7 @@ func TestPartitionTakesOverAgainWhenTheCallerCannot(t *testing.T) {
 }
 
 func TestPartitionHandsOnWhatIsMalformed(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	site := siteOf(t, b, 3)
 	publish(t, b, site, 1, 1)
@@ -258,6 +264,7 @@ func TestPartitionHandsOnWhatIsMalformed(t *testing.T) {
 }
 
 func TestPartitionOutOfRangeIsRefused(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	for _, p := range []int{-1, b.Partitions()} {
 		if err := b.ConsumePartition(t.Context(), p, nil, nil); err == nil {

@@ -14,6 +14,7 @@ import (
 )
 
 func TestEventIsStoredOnceHoweverOftenItIsPublished(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	for i, want := range []struct {
 		event     uint64
@@ -28,6 +29,7 @@ func TestEventIsStoredOnceHoweverOftenItIsPublished(t *testing.T) {
 }
 
 func TestPublishSaysWhenAMessageIsCertainlyNotStored(t *testing.T) {
+	t.Parallel()
 	cfg := HubConfig{MaxBytes: 1 << 20}
 	_, b := embedded(t, cfg)
 	large := func(n int, seq uint64) *Event {
@@ -71,6 +73,7 @@ func TestPublishSaysWhenAMessageIsCertainlyNotStored(t *testing.T) {
 }
 
 func TestPublishWithoutAStreamIsAway(t *testing.T) {
+	t.Parallel()
 	hub := startHub(t, small, t.TempDir())
 	b := connect(t, ConnectConfig{HubConfig: small, Name: "bridge", Embedded: hub})
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
@@ -130,6 +133,7 @@ func answer(t *testing.T, p *hubProcess, reply func(attempt int) any) func() int
 }
 
 func TestPublishOutcomes(t *testing.T) {
+	t.Parallel()
 	refusal := func(code int, errCode jetstream.ErrorCode, text string) pubAck {
 		return pubAck{Error: &jetstream.APIError{Code: code, ErrorCode: errCode, Description: text}}
 	}
@@ -182,6 +186,7 @@ func TestPublishOutcomes(t *testing.T) {
 }
 
 func TestPublishOutlastsARestartOfTheHub(t *testing.T) {
+	t.Parallel()
 	p := startProcess(t)
 	b := remote(t, "edge-1", p.hub.ClientURL())
 	apply(t, b)
@@ -212,6 +217,7 @@ func TestPublishOutlastsARestartOfTheHub(t *testing.T) {
 }
 
 func TestDeadLetterIsStoredOnceForEachEndpoint(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	publish(t, b, "store-1", 1, 1)
 	o := own(t, b, b.PartitionOf("store-1"))

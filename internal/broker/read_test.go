@@ -6,9 +6,12 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 func TestLastEventIsTheEdgesOwnAtTheSite(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	if _, _, err := b.LastEvent(deadline(t), "store-1", "edge-1"); !errors.Is(err, ErrNone) {
 		t.Errorf("nothing published: %v, want ErrNone", err)
@@ -45,6 +48,7 @@ func TestLastEventIsTheEdgesOwnAtTheSite(t *testing.T) {
 }
 
 func TestAMessageCannotPretendToBeElsewhere(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	m, err := encodeEvent(event("store-1", 1))
 	if err != nil {
@@ -61,6 +65,18 @@ func TestAMessageCannotPretendToBeElsewhere(t *testing.T) {
 	}
 }
 
+// publishReport publishes many quickly: their acknowledgements are waited for together.
+func publishReport(t testing.TB, b *Broker, r *Report) {
+	t.Helper()
+	m, err := encodeReport(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.js.PublishMsgAsync(m, jetstream.WithStallWait(patience)); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func reportsSince(t testing.TB, b *Broker, since time.Time, p int) []uint64 {
 	t.Helper()
 	var seqs []uint64
@@ -74,6 +90,7 @@ func reportsSince(t testing.TB, b *Broker, since time.Time, p int) []uint64 {
 }
 
 func TestReportsAreReadOnceInOrderUpToTheLast(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	if got := reportsSince(t, b, time.Time{}, AllPartitions); len(got) != 0 {
 		t.Fatalf("reports %v before there are any", got)
@@ -89,17 +106,16 @@ func TestReportsAreReadOnceInOrderUpToTheLast(t *testing.T) {
 			want = append(want, seq)
 		}
 		all = append(all, seq)
-		if err := b.PublishReport(deadline(t), report(site, seq)); err != nil {
-			t.Fatal(err)
-		}
+		publishReport(t, b, report(site, seq))
 		if seq%100 == 0 { // what is between is passed over, and counted when it is malformed
 			for _, subject := range []string{"kitchen." + here + ".bump", "kitchen." + here + ".report"} {
-				if _, err := b.js.Publish(deadline(t), subject, []byte("{}")); err != nil {
+				if _, err := b.js.PublishAsync(subject, []byte("{}"), jetstream.WithStallWait(patience)); err != nil {
 					t.Fatal(err)
 				}
 			}
 		}
 	}
+	<-b.js.PublishAsyncComplete()
 	if got := reportsSince(t, b, time.Time{}, 1); !slices.Equal(got, want) {
 		t.Errorf("%d reports of the partition, want %d", len(got), len(want))
 	}
@@ -119,6 +135,7 @@ func TestReportsAreReadOnceInOrderUpToTheLast(t *testing.T) {
 }
 
 func TestReportsEndWithTheCallersError(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	for seq := uint64(1); seq <= 3; seq++ {
 		if err := b.PublishReport(deadline(t), report("store-1", seq)); err != nil {
@@ -142,12 +159,12 @@ func TestReportsEndWithTheCallersError(t *testing.T) {
 }
 
 func TestReportsSurviveThatTheOldestAreRemoved(t *testing.T) {
+	t.Parallel()
 	_, b := embedded(t, small)
 	for seq := uint64(1); seq <= readBatch+100; seq++ {
-		if err := b.PublishReport(deadline(t), report("store-1", seq)); err != nil {
-			t.Fatal(err)
-		}
+		publishReport(t, b, report("store-1", seq))
 	}
+	<-b.js.PublishAsyncComplete()
 	stream, err := b.js.Stream(deadline(t), streamKitchen)
 	if err != nil {
 		t.Fatal(err)
@@ -165,6 +182,7 @@ func TestReportsSurviveThatTheOldestAreRemoved(t *testing.T) {
 }
 
 func TestReportsAreFollowedForTheSitesAsked(t *testing.T) {
+	t.Parallel()
 	p := startProcess(t)
 	b := remote(t, "edge-1", p.hub.ClientURL())
 	apply(t, b)
