@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+	"github.com/kitchenbridge/kitchenbridge/pkg/keysync"
 )
 
 // kill cuts a router off from everything, as kill -9 does: what it does from now on has no
@@ -240,6 +241,52 @@ func TestTakenOverInTheMiddle(t *testing.T) {
 			mustReport(t, log, b, stateFailed, ReasonExpired)
 		})
 	})
+	t.Run("twice before the event comes again", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			keys := testKeys(t, "s1")
+			log := newHubLog()
+			k := &diary{}
+			hub := log.connect()
+			var away atomic.Bool
+			hub.onReport = func(ctx context.Context, _ *broker.Report) error {
+				if away.Load() {
+					<-ctx.Done()
+					return broker.ErrUnknown
+				}
+				return nil
+			}
+			r, err := New(Config{Sites: map[string]KitchenConfig{"s1": {URL: "https://kitchen.example"}}, Log: quietLog}, hub, keys)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.endpoints["s1"].rt = k
+			p := r.parts[0]
+			p.consuming, p.io = t.Context(), t.Context()
+			takeover := func() {
+				if err := p.takeover(t.Context(), time.Time{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			takeover()
+			time.Sleep(time.Second)
+			d := log.store(newEdge(keys).event(t, "s1"))
+			d.AckFunc = func() error { return hub.ack(d) }
+			away.Store(true)
+			p.enqueue(d)
+			synctest.Wait()
+			takeover()
+			takeover()
+			away.Store(false)
+			p.enqueue(d)
+			waitSettled(t, log)
+			if left := p.end(); left != 0 || len(p.carried) != 0 {
+				t.Errorf("%d events left, %d remembered", left, len(p.carried))
+			}
+			if n := len(k.all()); n != 1 {
+				t.Errorf("%d POSTs", n)
+			}
+		})
+	})
 	t.Run("of waiting after an unanswered attempt", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			keys := testKeys(t, "s1")
@@ -377,6 +424,65 @@ func (d *deaf) ConsumePartition(ctx context.Context, p int, _ func(context.Conte
 	}
 	<-ctx.Done()
 	return nil
+}
+
+// An attempt that the deadline cut off is waited for by the next owner too, whose next
+// event is another one (I4).
+func TestStoppedAfterAnUnansweredAttempt(t *testing.T) {
+	for _, how := range []string{"stopped", "killed"} {
+		t.Run(how, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				keys := testKeys(t, "s1")
+				log, e := newHubLog(), newEdge(keys)
+				k := &diary{answer: first(unheard)}
+				r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
+				d := log.store(e.event(t, "s1", within(2*time.Second)))
+				time.Sleep(2100 * time.Millisecond)
+				mustReport(t, log, d, stateFailed, ReasonOutcomeUnknown)
+				if how == "killed" {
+					r.hub.die()
+					go func() { r.kill(t) }() // its end takes until drain_timeout; the next owner comes at once
+				} else {
+					r.end(t)
+				}
+				next := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
+				log.store(e.event(t, "s1"))
+				waitSettled(t, log)
+				next.end(t)
+				posts := k.all()
+				if len(posts) != 2 || posts[1].seq != 2 {
+					t.Fatalf("POSTs: %+v", posts)
+				}
+				if gap := posts[1].at.Sub(posts[0].end); gap < time.Second {
+					t.Errorf("the next owner posted %s after the cut", gap)
+				}
+			})
+		})
+	}
+}
+
+// A stop ends the attempts, not the events: nothing is begun in their place.
+func TestNoAttemptBeginsAfterAStop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys := testKeys(t, "s1")
+		other := testKey(t, "k2", time.Now().Add(-time.Minute), time.Now().Add(time.Hour))
+		k1, _ := keys.Site("s1").Keyring.Key([]byte("k1"))
+		log := newHubLog()
+		var r *running
+		k := &diary{answer: func(int, *http.Request, []byte) (*http.Response, error) {
+			r.stop()
+			keys.change("s1", func(s *keysync.Site) { s.Keyring = testRing(t, k1, other) })
+			return reply(400, `{"errorCode":3}`), nil
+		}}
+		r = start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
+		d := log.store(newEdge(keys).event(t, "s1"))
+		if err := <-r.done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if n := len(k.all()); n != 1 || log.acks(d) != 0 {
+			t.Errorf("%d POSTs, acknowledged %d times", n, log.acks(d))
+		}
+	})
 }
 
 // What is known of the past is let go of when the consumer has passed it.
