@@ -105,8 +105,8 @@ func unavailable(why error) (outcome, *door.Refusal) {
 	case errors.Is(why, errAway), errors.Is(why, broker.ErrAway):
 	case errors.Is(why, broker.ErrRejected), errors.Is(why, broker.ErrInvalid):
 		reason, detail = "hub-refused", "The hub refused the message; it may be full."
-	default: // the POS has gone
-		o, reason, detail = outcomeDisappeared, "gone", "The request ended before it had its turn."
+	default: // the POS that sent it first has gone
+		o, reason, detail = outcomeDisappeared, "gone", "The first attempt ended before it had its turn."
 	}
 	f := problem(http.StatusServiceUnavailable, reason, detail+" Nothing is stored; send it again, with the same Idempotency-Key if it had one.")
 	f.RetryAfter = retry

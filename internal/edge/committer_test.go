@@ -141,10 +141,10 @@ var (
 	full    = fate{err: fmt.Errorf("%w: full", broker.ErrRejected)}
 )
 
-func commit(t *testing.T, c *committer, site, id string) (error, *noted) {
+func commit(t *testing.T, c *committer, site, id string) (*noted, error) {
 	t.Helper()
 	d, n := testDraft(t, site, id)
-	return c.Commit(t.Context(), d), n
+	return n, c.Commit(t.Context(), d)
 }
 
 // halt ends a committer at once.
@@ -195,7 +195,7 @@ func TestCommitGivesARefusedNumberBack(t *testing.T) {
 		c := testCommitter(hub)
 		defer halt(c)
 		for i := range refusals {
-			err, n := commit(t, c, "one", "refused")
+			n, err := commit(t, c, "one", "refused")
 			if !errors.Is(err, errNotStored) || !errors.Is(err, refusals[i]) {
 				t.Errorf("error %v", err)
 			}
@@ -204,7 +204,7 @@ func TestCommitGivesARefusedNumberBack(t *testing.T) {
 			}
 		}
 		for _, id := range []string{"a", "b"} {
-			if err, _ := commit(t, c, "one", id); err != nil {
+			if _, err := commit(t, c, "one", id); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -241,7 +241,7 @@ func TestAnUnknownOutcomeIsSettledBeforeAnythingNewer(t *testing.T) {
 				}
 				c := testCommitter(hub)
 				defer halt(c)
-				err, n := commit(t, c, "one", "a")
+				n, err := commit(t, c, "one", "a")
 				if !errors.Is(err, errUnknown) || errors.Is(err, errNotStored) {
 					t.Fatalf("error %v", err)
 				}
@@ -249,13 +249,13 @@ func TestAnUnknownOutcomeIsSettledBeforeAnythingNewer(t *testing.T) {
 					t.Errorf("%d lines with an unknown head", got)
 				}
 				// Another site is not concerned.
-				if err, _ := commit(t, c, "two", "x"); err != nil {
+				if _, err := commit(t, c, "two", "x"); err != nil {
 					t.Error(err)
 				}
-				waits := func() (error, time.Duration) {
+				waits := func() (time.Duration, error) {
 					begun := time.Now()
-					err, _ := commit(t, c, "one", "b")
-					return err, time.Since(begun)
+					_, err := commit(t, c, "one", "b")
+					return time.Since(begun), err
 				}
 				if tc.first.store && !tc.blind {
 					// The hub says that it has it, so nothing is sent again.
@@ -263,13 +263,13 @@ func TestAnUnknownOutcomeIsSettledBeforeAnythingNewer(t *testing.T) {
 					if calls := hub.published(); calls != 2 {
 						t.Errorf("%d publishes, want one for each site", calls)
 					}
-				} else if err, took := waits(); !errors.Is(err, errNotStored) || !errors.Is(err, errTurn) || took != 2*time.Second {
+				} else if took, err := waits(); !errors.Is(err, errNotStored) || !errors.Is(err, errTurn) || took != 2*time.Second {
 					t.Errorf("behind it: %v after %v", err, took)
 				}
 				hub.mu.Lock()
 				silent = false
 				hub.mu.Unlock()
-				if err, _ := waits(); err != nil {
+				if _, err := waits(); err != nil {
 					t.Fatal(err)
 				}
 				if got := n.String(); got != "numbered 1, unknown, stored" {
@@ -306,11 +306,11 @@ func TestAnUnknownOutcomeSurvivesARefusalOfItsCopy(t *testing.T) {
 		}
 		c := testCommitter(hub)
 		defer halt(c)
-		if err, _ := commit(t, c, "one", "a"); !errors.Is(err, errUnknown) {
+		if _, err := commit(t, c, "one", "a"); !errors.Is(err, errUnknown) {
 			t.Fatal(err)
 		}
 		time.Sleep(20 * time.Second)
-		if err, _ := commit(t, c, "one", "b"); err != nil {
+		if _, err := commit(t, c, "one", "b"); err != nil {
 			t.Fatal(err)
 		}
 		if got := hub.ids("one"); !slices.Equal(got, []string{"a:1", "b:2"}) {
@@ -325,7 +325,7 @@ func TestWhileTheHubIsAwayNobodyWaits(t *testing.T) {
 		c := testCommitter(hub)
 		defer halt(c)
 		begun := time.Now()
-		err, n := commit(t, c, "one", "a")
+		n, err := commit(t, c, "one", "a")
 		if !errors.Is(err, errNotStored) || !errors.Is(err, errAway) || time.Since(begun) != 0 {
 			t.Errorf("%v after %v", err, time.Since(begun))
 		}
@@ -336,14 +336,14 @@ func TestWhileTheHubIsAwayNobodyWaits(t *testing.T) {
 		// The same behind an event whose outcome is unknown.
 		hub.away = false
 		hub.publish = func(context.Context, *broker.Event, int) fate { return lost }
-		if err, _ := commit(t, c, "one", "b"); !errors.Is(err, errUnknown) {
+		if _, err := commit(t, c, "one", "b"); !errors.Is(err, errUnknown) {
 			t.Fatal(err)
 		}
 		hub.mu.Lock()
 		hub.away = true
 		hub.mu.Unlock()
 		begun = time.Now()
-		if err, _ := commit(t, c, "one", "c"); !errors.Is(err, errAway) || time.Since(begun) != 0 {
+		if _, err := commit(t, c, "one", "c"); !errors.Is(err, errAway) || time.Since(begun) != 0 {
 			t.Errorf("%v after %v", err, time.Since(begun))
 		}
 		calls := hub.published()
@@ -449,7 +449,7 @@ func TestStopSettlesWhatItCanAndLeavesTheRest(t *testing.T) {
 					return fate{store: true}
 				}
 				c := testCommitter(hub)
-				err, n := commit(t, c, "one", "a")
+				n, err := commit(t, c, "one", "a")
 				if !errors.Is(err, errUnknown) {
 					t.Fatal(err)
 				}
@@ -459,7 +459,7 @@ func TestStopSettlesWhatItCanAndLeavesTheRest(t *testing.T) {
 				if got := n.String(); got != tc.want {
 					t.Errorf("heard %s, want %s", got, tc.want)
 				}
-				if err, _ := commit(t, c, "two", "b"); !errors.Is(err, errStopped) || !errors.Is(err, errNotStored) {
+				if _, err := commit(t, c, "two", "b"); !errors.Is(err, errStopped) || !errors.Is(err, errNotStored) {
 					t.Errorf("after the stop: %v", err)
 				}
 			})

@@ -226,8 +226,12 @@ func (s *ingest) post(w http.ResponseWriter, r *http.Request, l listener, kind s
 		return
 	}
 
-	m, fresh, err := s.register.claim(claimOf(v, kind, wish.key, t, payload))
+	c := claimOf(v, kind, wish.key, t, payload)
+	m, fresh, err := s.register.claim(c)
 	if err != nil {
+		if errors.Is(err, errOtherPayload) {
+			w.Header().Set(headerID, c.id) // that of the first one
+		}
 		o, f := conflict(err)
 		refuse(f, o)
 		return
@@ -415,7 +419,7 @@ func (s *ingest) commit(ctx context.Context, m *message, v door.Visitor, site *s
 	if v.Plain {
 		var err error
 		if t, err = seal(v, payload); err != nil {
-			s.log.Error("no key to seal with", "site", v.Site, "kind", kind, "id", m.id, "err", err)
+			site.sayNoKey.Do(func() { s.log.Error("no key to seal with", "site", v.Site, "kind", kind, "err", err) })
 			return notStored(errors.Join(errNoKey, err))
 		}
 	}

@@ -2,6 +2,7 @@ package edge
 
 import (
 	"bufio"
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -102,6 +103,18 @@ func ingestRows(t *testing.T) []ingestRow {
 			}
 		}
 	}
+	foreign := func(message string) func(*testing.T, *rig, string) {
+		return func(t *testing.T, r *rig, id string) {
+			passed(message)(t, r, id)
+			d := r.store.stored()[0]
+			if plain, err := r.portal.Site(d.site).Keyring.Open(nil, d.triple); err != nil || string(plain) != otherPlain {
+				t.Errorf("it opens as %q, %v", plain, err)
+			}
+			if d.order != r.portal.Site(d.site).Binding.Lane().Order("o-1001") {
+				t.Errorf("order %q", d.order)
+			}
+		}
+	}
 	opens := func(t *testing.T, r *rig, _ string) {
 		d := r.store.stored()[0]
 		s := r.portal.Site(d.site)
@@ -166,8 +179,8 @@ func ingestRows(t *testing.T) []ingestRow {
 			}},
 		{name: "plain order with charset", call: call{token: tokenTill1, body: order, header: with("Content-Type", `application/json; charset="UTF-8"`)}, status: 202, want: pending, stored: 1},
 		{name: "order sealed by openssl, a256ctr", setup: answers, call: call{path: "/sites/ctr/order", header: with("Sec-Iv", opensslIV, "Sec-Fingerprint", fpCurrent), body: opensslMessage},
-			status: 201, want: ticket, stored: 1, check: passed(opensslMessage)},
-		{name: "order sealed by Node, a256gcm", setup: answers, call: enc(tokenTill1, fpCurrent, nodeIV, nodeMessage), status: 201, want: ticket, stored: 1, check: passed(nodeMessage)},
+			status: 201, want: ticket, stored: 1, check: foreign(opensslMessage)},
+		{name: "order sealed by Node, a256gcm", setup: answers, call: enc(tokenTill1, fpCurrent, nodeIV, nodeMessage), status: 201, want: ticket, stored: 1, check: foreign(nodeMessage)},
 		{name: "encrypted order with a line break after it", setup: answers, call: enc(tokenTill1, fpCurrent, iv, message+"\r\n"), status: 201, want: ticket, stored: 1, check: passed(message + "\r\n")},
 		{name: "encrypted order as a JSON string, body: json-string", setup: answers, call: enc(tokenQuoted, fpCurrent, iv, `"`+message+`"`+"\n"), status: 201, want: ticket, stored: 1, check: passed(message)},
 		{name: "encrypted order as text, body: json-string", setup: answers, call: enc(tokenQuoted, fpCurrent, iv, message), status: 201, want: ticket, stored: 1, check: passed(message)},
@@ -235,7 +248,7 @@ func ingestRows(t *testing.T) []ingestRow {
 		{name: "Idempotency-Key again, after it failed", setup: kitchen(func(*draft) *reply { return &reply{state: "failed", reason: "refused", status: 400} }),
 			before: []call{keyed(plain, "k")}, call: keyed(plain, "k"), status: 502, problem: map[string]any{"reason": "refused"}, stored: 1, check: first},
 		{name: "Idempotency-Key again, another body", setup: answers, before: []call{keyed(plain, "k")}, call: keyed(call{token: tokenTill1, body: `{"_id":"o-2"}`}, "k"),
-			status: 422, problem: map[string]any{"reason": "other-payload"}, stored: 1},
+			status: 422, problem: map[string]any{"reason": "other-payload"}, stored: 1, check: first},
 		{name: "Idempotency-Key of another POS", setup: answers, before: []call{keyed(plain, "k")}, call: keyed(call{token: tokenTill2, body: order}, "k"), status: 201, want: ticket, stored: 2},
 		{name: "Idempotency-Key of another kind", setup: answers, before: []call{keyed(plain, "k")}, call: keyed(call{path: "/receipt", token: tokenTill1, body: order}, "k"), status: 201, want: ticket, stored: 2},
 		{name: "encrypted order again, no key", setup: answers, before: []call{enc(tokenTill1, fpCurrent, iv, message)}, call: enc(tokenTill1, fpCurrent, iv, message), status: 201, want: ticket, stored: 1, check: first},
@@ -256,8 +269,11 @@ func ingestRows(t *testing.T) []ingestRow {
 			problem: map[string]any{"reason": "hub-refused", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "5"}, stored: 1},
 		{name: "messages before it take too long", setup: commits(notStored(errTurn)), call: plain, status: 503,
 			problem: map[string]any{"reason": "hub-slow", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "1"}, stored: 1},
+		{name: "the first attempt was given up before it was stored", setup: commits(notStored(context.Canceled)), call: plain, status: 503,
+			problem: map[string]any{"reason": "gone", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "5"}, stored: 1},
 		{name: "the hub does not say", setup: commits(fmt.Errorf("%w: timeout", errUnknown)), call: plain, status: 503,
-			problem: map[string]any{"reason": "hub-silent", "outcome": "unknown", "id": "ID"}, header: map[string]string{"Retry-After": "5", "Location": "/messages/ID"}, stored: 1},
+			problem: map[string]any{"reason": "hub-silent", "outcome": "unknown", "id": "ID", "detail": "The hub did not say whether it has stored the message. " +
+				"The edge goes on asking; look at the Location. Sent again without an Idempotency-Key it could reach the Kitchen twice."}, header: map[string]string{"Retry-After": "5", "Location": "/messages/ID"}, stored: 1},
 		{name: "too many requests at once", change: func(c *Config) { c.MaxRequests = 1 }, setup: func(_ *testing.T, r *rig) { take(r.ingest.slots) }, call: plain, status: 503,
 			problem: map[string]any{"reason": "busy", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "1"}},
 		{name: "too many requests of the site", change: func(c *Config) { c.MaxSiteRequests = 1 }, setup: func(_ *testing.T, r *rig) { take(r.edge.sites["gcm"].gate) }, call: plain, status: 503,

@@ -7,6 +7,8 @@ import (
 	"maps"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/kitchenbridge/kitchenbridge/internal/door"
 )
 
@@ -20,6 +22,9 @@ type site struct {
 	// gate holds a token for each request of the site that is being read or stored, or
 	// waits for the Portal, so that one site's trouble does not take all slots.
 	gate chan struct{}
+
+	// sayNoKey bounds how often it is said that no key may seal: each request would.
+	sayNoKey rate.Sometimes
 }
 
 type kind struct {
@@ -54,7 +59,7 @@ func (c Config) newSites() (map[string]*site, error) {
 		}
 		sites[name] = &site{
 			acceptStatus: s.AcceptStatus, jsonString: s.Body == bodyJSONString, kinds: own,
-			gate: make(chan struct{}, c.MaxSiteRequests),
+			gate: make(chan struct{}, c.MaxSiteRequests), sayNoKey: rate.Sometimes{First: 1, Interval: time.Minute},
 		}
 	}
 	return sites, errors.Join(errs...)

@@ -259,6 +259,41 @@ func TestIngestIsFullOfUnsettledMessages(t *testing.T) {
 	})
 }
 
+// A site whose messages cannot be stored takes its own room only.
+func TestIngestAStuckSiteHoldsUpItselfOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { c.MaxSiteRequests, c.MaxRequests = 4, 8 })
+		r.store.commit = func(d *draft) error {
+			if d.site == "gcm" {
+				time.Sleep(5 * time.Second)
+				return notStored(errTurn)
+			}
+			return nil
+		}
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		reasons := make(map[any]int)
+		for range 20 {
+			wg.Go(func() {
+				w := r.do(t.Context(), call{token: tokenTill1, body: order})
+				mu.Lock()
+				defer mu.Unlock()
+				reasons[problemOf(t, w.Body.Bytes())["reason"]]++
+			})
+		}
+		synctest.Wait()
+		for range 50 {
+			if w, took := r.timed(t.Context(), call{token: tokenClear, body: order, header: with("Prefer", "wait=0")}); w.Code != 202 || took != 0 {
+				t.Errorf("another site: %d after %v", w.Code, took)
+			}
+		}
+		wg.Wait()
+		if reasons["hub-slow"] != 4 || reasons["busy"] != 16 {
+			t.Errorf("answers: %v", reasons)
+		}
+	})
+}
+
 // Made-up fingerprints while the Portal is slow take the room of their own site only (I9).
 func TestIngestUnknownFingerprintsHoldUpTheirSiteOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
