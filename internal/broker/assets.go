@@ -64,7 +64,7 @@ func streams(partitions, replicas int, maxBytes int64) []jetstream.StreamConfig 
 	}
 	pos.MaxAge = 72 * time.Hour
 	pos.MaxBytes = maxBytes
-	pos.MaxMsgsPerSubject = 250_000 // a site that runs away is stopped before it fills the stream
+	pos.MaxMsgsPerSubject = 1_000_000 // a site that runs away is stopped before it fills the stream: four a second for 72 h
 	pos.DiscardNewPerSubject = true
 	pos.AllowBatchPublish = true
 

@@ -124,7 +124,7 @@ func TestAssetsThatAreThereAreNotChanged(t *testing.T) {
 func TestAnEmbeddedHubFollowsItsConfiguredSize(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	for _, cfg := range []HubConfig{{MaxBytes: 64 << 20}, {MaxBytes: 32 << 20}, {MaxBytes: 128 << 20}} {
+	for _, cfg := range []HubConfig{{}, {MaxBytes: 1 << 20}, {MaxBytes: 64 << 30}} {
 		hub := startHub(t, cfg, dir)
 		b := connect(t, ConnectConfig{HubConfig: cfg, Name: "bridge", Embedded: hub})
 		apply(t, b)
@@ -135,8 +135,8 @@ func TestAnEmbeddedHubFollowsItsConfiguredSize(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := stream.CachedInfo().Config.MaxBytes; got != cfg.MaxBytes {
-			t.Errorf("POS may hold %d, configured is %d", got, cfg.MaxBytes)
+		if got := stream.CachedInfo().Config.MaxBytes; got != cfg.maxBytes() {
+			t.Errorf("POS may hold %d, configured is %d", got, cfg.maxBytes())
 		}
 		if err := b.Close(); err != nil {
 			t.Fatal(err)

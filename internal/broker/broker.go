@@ -60,9 +60,10 @@ type Broker struct {
 	owners  map[int]*ownership  // by partition: the last take-over
 }
 
-// Connect connects to the hub in this process, or to the one at cfg.URLs. It returns
-// without a connection when the hub at the URLs is away: it then goes on trying (see
-// Connected). It fails when the settings are wrong or name files it cannot read.
+// Connect connects to the hub in this process, or to the one at cfg.URLs. It tries each
+// URL once, for up to 5 s, and returns without a connection when the hub is away: it
+// then goes on trying (see Connected). It fails when the settings are wrong or name
+// files it cannot read.
 func Connect(ctx context.Context, cfg ConnectConfig) (*Broker, error) {
 	if err := cfg.HubConfig.Validate(); err != nil {
 		return nil, fmt.Errorf("hub: %w", err)
@@ -174,15 +175,29 @@ func (b *Broker) options(cfg ConnectConfig) ([]nats.Option, error) {
 			t.RootCAs = pool
 		}
 		if cfg.CertFile != "" {
-			cert, err := tls.LoadX509KeyPair(cfg.CertFile, cfg.KeyFile)
+			load, err := certificateFiles(cfg.CertFile, cfg.KeyFile)
 			if err != nil {
-				return nil, fmt.Errorf("cert_file, key_file: %w", err)
+				return nil, err
 			}
-			t.Certificates = []tls.Certificate{cert}
+			t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return load() }
 		}
 		opts = append(opts, nats.Secure(t))
 	}
 	return opts, nil
+}
+
+// certificateFiles returns what reads a certificate for each new connection, so that a
+// renewed one needs no restart.
+func certificateFiles(certFile, keyFile string) (func() (*tls.Certificate, error), error) {
+	load := func() (*tls.Certificate, error) {
+		cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+		if err != nil {
+			return nil, fmt.Errorf("cert_file, key_file: %w", err)
+		}
+		return &cert, nil
+	}
+	_, err := load()
+	return load, err
 }
 
 func readCertPool(path string) (*x509.CertPool, error) {
@@ -203,9 +218,13 @@ func inboxPrefix(name string) string { return "_INBOX_" + name }
 // linkUp, linkDown and stillDown are called by nats.go one at a time, in order.
 func (b *Broker) linkUp(nc *nats.Conn) { // b.nc may not be set yet
 	b.mu.Lock()
+	if b.link == nil {
+		close(b.linked)
+	} else {
+		b.endLink(errLinkDown)
+	}
 	b.link, b.endLink = context.WithCancelCause(context.Background())
 	b.trouble = nil
-	close(b.linked)
 	b.mu.Unlock()
 	b.log.Info("hub: connected", "server", nc.ConnectedServerName())
 }

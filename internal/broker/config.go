@@ -72,7 +72,7 @@ type UserConfig struct {
 	// Name of the user; for an edge the edge's name. Required.
 	Name string `koanf:"name"`
 	// PasswordBcrypt is the bcrypt hash of the password. This or password_file.
-	PasswordBcrypt string `koanf:"password_bcrypt"`
+	PasswordBcrypt envelope.Secret `koanf:"password_bcrypt"`
 	// PasswordFile holds the password, or its bcrypt hash, on its first line.
 	PasswordFile string `koanf:"password_file"`
 	// Role: "edge" or "ops". Required.
@@ -211,7 +211,7 @@ func (c HubConfig) Validate() error {
 		if (u.PasswordBcrypt == "") == (u.PasswordFile == "") {
 			add(key+"password_bcrypt", "give either password_bcrypt or password_file")
 		}
-		if u.PasswordBcrypt != "" && !bcryptHash.MatchString(u.PasswordBcrypt) {
+		if u.PasswordBcrypt != "" && !bcryptHash.MatchString(u.PasswordBcrypt.Reveal()) {
 			add(key+"password_bcrypt", "is no bcrypt hash ($2a$…): make one with `nats server passwd` or `htpasswd -B`")
 		}
 		if u.Role != RoleEdge && u.Role != RoleOps {

@@ -113,7 +113,6 @@ const syncEvery = time.Second
 
 func (e *Embedded) options(dir string) (*server.Options, error) {
 	c := e.cfg
-	streams := 2*c.maxBytes() + c.maxBytes()/4
 	o := &server.Options{
 		ServerName:             "kitchenbridge",
 		NoSigs:                 true, // signals are the program's
@@ -121,7 +120,7 @@ func (e *Embedded) options(dir string) (*server.Options, error) {
 		JetStream:              true,
 		DisableJetStreamBanner: true,
 		StoreDir:               dir,
-		JetStreamMaxStore:      streams + 1<<30, // and the key-value buckets
+		JetStreamMaxStore:      1 << 60, // each stream has its own bound, which max_bytes may move
 		JetStreamMaxMemory:     128 << 20,
 		SyncAlways:             c.Sync != syncInterval,
 		MaxPayload:             1 << 20,
@@ -149,13 +148,16 @@ func (e *Embedded) options(dir string) (*server.Options, error) {
 		o.Port = server.RANDOM_PORT
 	}
 	if c.CertFile != "" {
-		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+		load, err := certificateFiles(c.CertFile, c.KeyFile)
 		if err != nil {
-			return nil, fmt.Errorf("cert_file, key_file: %w", err)
+			return nil, err
 		}
 		o.TLS = true
 		o.TLSTimeout = 5
-		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}}
+		o.TLSConfig = &tls.Config{
+			MinVersion:     tls.VersionTLS12,
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return load() },
+		}
 		if c.CAFile != "" {
 			pool, err := readCertPool(c.CAFile)
 			if err != nil {
@@ -177,7 +179,7 @@ func (e *Embedded) options(dir string) (*server.Options, error) {
 	})
 	var errs []error
 	for i, u := range c.Users {
-		password := u.PasswordBcrypt
+		password := u.PasswordBcrypt.Reveal()
 		if u.PasswordFile != "" {
 			if password, err = readSecretLine(u.PasswordFile); err != nil {
 				errs = append(errs, fmt.Errorf("users[%d].password_file: %w", i, err))
@@ -215,6 +217,11 @@ func permissions(role, name string) *server.Permissions {
 		Publish:   &server.SubjectPermission{Allow: allow},
 		Subscribe: &server.SubjectPermission{Allow: []string{"pos.>", "live.>", "kitchen.>", "dlq.>", "ops.>", inbox}},
 	}
+}
+
+// Format prints what it is under every verb: it holds a password.
+func (e *Embedded) Format(f fmt.State, _ rune) {
+	fmt.Fprintf(f, "hub in process (listen %q)", e.cfg.Listen)
 }
 
 // ClientURL is where others reach the hub; "" when it does not listen.

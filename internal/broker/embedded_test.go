@@ -17,10 +17,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 )
 
@@ -281,6 +284,49 @@ func TestEmbeddedHubGrantsEachRoleItsOwn(t *testing.T) {
 				t.Errorf("allowed: %v, want %v", allowed, row.allowed)
 			}
 		})
+	}
+}
+
+func TestHubConfGrantsWhatAnEmbeddedHubGrants(t *testing.T) {
+	for _, name := range []string{"BRIDGE", "OPS", "EDGE_1"} {
+		t.Setenv("KB_HUB_"+name+"_PASSWORD", "x")
+	}
+	opts, err := server.ProcessConfigFile("../../deploy/nats/hub.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	compared := 0
+	for _, u := range opts.Users {
+		role, ok := map[string]string{"edge-1": RoleEdge, "ops": RoleOps}[u.Username]
+		if !ok {
+			continue
+		}
+		compared++
+		want := permissions(role, u.Username)
+		for what, got := range map[string][2][]string{
+			"publish":   {u.Permissions.Publish.Allow, want.Publish.Allow},
+			"subscribe": {u.Permissions.Subscribe.Allow, want.Subscribe.Allow},
+		} {
+			if d := cmp.Diff(slices.Sorted(slices.Values(got[0])), slices.Sorted(slices.Values(got[1]))); d != "" {
+				t.Errorf("%s may %s (-hub.conf, +embedded): %s", u.Username, what, d)
+			}
+		}
+	}
+	if compared != 2 {
+		t.Errorf("%d users of hub.conf compared, want 2", compared)
+	}
+}
+
+func TestEmbeddedHubDoesNotPrintItsPassword(t *testing.T) {
+	t.Parallel()
+	hub := startHub(t, HubConfig{MaxBytes: 1 << 20, Listen: "127.0.0.1:0", Users: []UserConfig{{Name: "ops", PasswordBcrypt: someBcrypt, Role: RoleOps}}}, t.TempDir())
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s"} {
+		if s := fmt.Sprintf(verb, hub); strings.Contains(s, hub.password) || strings.Contains(s, someBcrypt) {
+			t.Errorf("%s prints %s", verb, s)
+		}
+		if s := fmt.Sprintf(verb, hub.cfg); strings.Contains(s, someBcrypt) {
+			t.Errorf("%s of its settings prints %s", verb, s)
+		}
 	}
 }
 

@@ -98,6 +98,9 @@ func (f *Feed) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			break
 		}
+		if errors.Is(err, errClosed) {
+			return fmt.Errorf("feed: %w", err)
+		}
 		if time.Since(began) >= calm {
 			attempt = 1
 		}
@@ -165,7 +168,7 @@ func (f *Feed) feed(ctx context.Context) (err error) {
 
 	var (
 		seen   uint64 // consumer sequence of the last event handed on
-		silent = max(4*f.cfg.Heartbeat, time.Second)
+		silent = max(3*f.cfg.Heartbeat, time.Second)
 		watch  = time.NewTimer(silent)
 	)
 	defer watch.Stop()

@@ -81,6 +81,9 @@ func (b *Broker) ConsumePartition(ctx context.Context, p int, takeover func(ctx 
 		if ctx.Err() != nil {
 			break
 		}
+		if errors.Is(err, errClosed) {
+			return fmt.Errorf("consume partition %d: %w", p, err)
+		}
 		if time.Since(began) >= calm {
 			attempt = 1
 		}

@@ -272,3 +272,36 @@ func TestPartitionOutOfRangeIsRefused(t *testing.T) {
 		}
 	}
 }
+
+func TestWhatRunsEndsWhenTheConnectionIsClosed(t *testing.T) {
+	t.Parallel()
+	_, b := embedded(t, small)
+	f, err := b.NewFeed(FeedConfig{Handle: func(*Delivery) {}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 2)
+	go func() { ended <- f.Run(deadline(t)) }()
+	taken := make(chan struct{}, 10)
+	go func() {
+		ended <- b.ConsumePartition(deadline(t), 0, func(context.Context, time.Time) error {
+			taken <- struct{}{}
+			return nil
+		}, func(*Delivery) {})
+	}()
+	<-taken
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := <-ended; !errors.Is(err, errClosed) {
+			t.Errorf("ended with %v, want %v", err, errClosed)
+		}
+	}
+	if _, _, err := b.PublishEvent(deadline(t), event("store-1", 1)); !errors.Is(err, ErrAway) {
+		t.Errorf("publish after Close: %v, want ErrAway", err)
+	}
+	if err := b.Close(); err != nil {
+		t.Errorf("closed twice: %v", err)
+	}
+}
