@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -20,16 +22,25 @@ import (
 // Build compiles edge and bridge into dir and returns their paths. It needs the go
 // command and a working directory inside the module.
 func Build(ctx context.Context, dir string) (edge, bridge string, err error) {
-	root, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
-	if err != nil {
-		return "", "", fmt.Errorf("find the module: %w", err)
-	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator), "./cmd/edge", "./cmd/bridge")
-	cmd.Dir = strings.TrimSpace(string(root))
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", "", fmt.Errorf("build edge and bridge: %w\n%s", err, out)
+	if err := BuildPackages(ctx, dir, "", "./cmd/edge", "./cmd/bridge"); err != nil {
+		return "", "", err
 	}
 	return filepath.Join(dir, "edge"), filepath.Join(dir, "bridge"), nil
+}
+
+// BuildPackages compiles main packages, named from the module's root ("./cmd/edge"), into
+// dir, each under its folder's name. tags are build tags, separated by commas; "" is none.
+func BuildPackages(ctx context.Context, dir, tags string, packages ...string) error {
+	root, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		return fmt.Errorf("find the module: %w", err)
+	}
+	cmd := exec.CommandContext(ctx, "go", append([]string{"build", "-tags", tags, "-o", dir + string(filepath.Separator)}, packages...)...)
+	cmd.Dir = strings.TrimSpace(string(root))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s: %w\n%s", strings.Join(packages, ", "), err, out)
+	}
+	return nil
 }
 
 // Process is one run of a program: started, watched, and ended by its id.
@@ -46,15 +57,23 @@ type Process struct {
 // tailBytes bounds what is kept of a program's log for error messages.
 const tailBytes = 8 << 10
 
-// StartProcess starts path with args; its output goes to the file at logPath, which grows
-// over restarts.
+// StartProcess starts path with args and this process's environment; its output goes to
+// the file at logPath, which grows over restarts.
 func StartProcess(name, path, logPath string, args ...string) (*Process, error) {
+	return startProcess(name, path, logPath, nil, args...)
+}
+
+// startProcess adds env ("NAME=value") to the environment.
+func startProcess(name, path, logPath string, env []string, args ...string) (*Process, error) {
 	log, err := os.OpenFile(logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	p := &Process{name: name, done: make(chan struct{})}
 	p.cmd = exec.Command(path, args...)
+	if len(env) > 0 {
+		p.cmd.Env = append(os.Environ(), env...)
+	}
 	out := io.MultiWriter(log, (*tailWriter)(p))
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	p.cmd.SysProcAttr = childAttr()
@@ -107,6 +126,10 @@ func (p *Process) Kill() {
 	_ = p.cmd.Process.Kill()
 	<-p.done
 }
+
+// Signal sends the program a signal, as SIGSTOP to freeze it and SIGCONT to let it go on.
+// The signal of a program that has ended is an error.
+func (p *Process) Signal(sig os.Signal) error { return p.cmd.Process.Signal(sig) }
 
 // Stop asks the program to stop (SIGTERM) and waits; after limit it is killed and that
 // is an error, as is an exit status other than 0.
@@ -162,19 +185,31 @@ func (p *Process) WaitReady(ctx context.Context, url string) error {
 	}
 }
 
+const (
+	firstPort, ports = 12_000, 20_000 // below the ephemeral ranges of Linux, macOS and Windows
+	portTries        = 100
+)
+
 // FreeAddr returns a loopback address that nobody listens on: preferred when it is free,
-// else one the system picks.
+// else one below the range of outgoing connections, so that none of these takes it while
+// its program is down.
 func FreeAddr(preferred string) (string, error) {
-	for _, addr := range []string{preferred, "127.0.0.1:0"} {
-		if addr == "" {
-			continue
+	if preferred != "" && free(preferred) {
+		return preferred, nil
+	}
+	for range portTries {
+		if addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(firstPort+rand.IntN(ports))); free(addr) {
+			return addr, nil
 		}
-		l, err := net.Listen("tcp", addr)
-		if err != nil {
-			continue
-		}
-		defer l.Close()
-		return l.Addr().String(), nil
 	}
 	return "", errors.New("no free port on 127.0.0.1")
+}
+
+func free(addr string) bool {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return false
+	}
+	_ = l.Close()
+	return true
 }

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/cli"
@@ -49,6 +50,13 @@ type Config struct {
 	// EdgeSettings and BridgeSettings are further settings of the programs, merged over
 	// those of the Stack, in the form of their files.
 	EdgeSettings, BridgeSettings map[string]any
+	// Hub is the program of a hub that runs on its own, as testenv/faults/hub, for which it
+	// is run with -listen, -ready and -data. Default: the bridge embeds the hub.
+	Hub string
+	// EdgeEnv and BridgeEnv are added to the programs' environment: NAME=value.
+	EdgeEnv, BridgeEnv []string
+	// KitchenSettings may change the Kitchen's settings before it starts. Default nil.
+	KitchenSettings func(*kitchen.Config)
 	// Behaviour the Kitchen starts with.
 	Behaviour kitchen.Behaviour
 	// OnProcessed is called for every request the Kitchen processes.
@@ -67,8 +75,10 @@ type Stack struct {
 	Kitchen *kitchen.Kitchen
 	Edge    *Process // nil while it does not run
 	Bridge  *Process
+	HubProc *Process // nil always when the bridge embeds the hub
 
 	Hub         string // nats://…
+	hubReady    string // http://…, of a hub of its own
 	EdgeAdmin   string // http://…
 	BridgeAdmin string
 	Endpoints   map[string]Endpoint
@@ -121,9 +131,12 @@ func Prepare(ctx context.Context, cfg Config) (s *Stack, err error) {
 	if s.Portal, err = portal.Start(portal.Config{Sites: sites, RotateEvery: cfg.RotateEvery, Overlap: overlap}); err != nil {
 		return s, err
 	}
-	s.Kitchen, err = kitchen.Start(kitchen.Config{Sites: names, Profiles: profiles, Keys: s.Keys, Skew: 2 * time.Second,
-		Behaviour: cfg.Behaviour, OnProcessed: cfg.OnProcessed, Log: cfg.Log})
-	if err != nil {
+	settings := kitchen.Config{Sites: names, Profiles: profiles, Keys: s.Keys, Skew: 2 * time.Second,
+		Behaviour: cfg.Behaviour, OnProcessed: cfg.OnProcessed, Log: cfg.Log}
+	if cfg.KitchenSettings != nil {
+		cfg.KitchenSettings(&settings)
+	}
+	if s.Kitchen, err = kitchen.Start(settings); err != nil {
 		return s, err
 	}
 	return s, s.writeSettings(ctx, names)
@@ -163,6 +176,11 @@ func (s *Stack) writeSettings(ctx context.Context, names []string) error {
 	edgeAddr, screenAddr, hubAddr := addr(s.cfg.Ports.Edge), addr(s.cfg.Ports.Screens), addr(s.cfg.Ports.Hub)
 	edgeAdmin, bridgeAdmin := addr(""), addr("")
 	s.Hub, s.EdgeAdmin, s.BridgeAdmin = "nats://"+hubAddr, "http://"+edgeAdmin, "http://"+bridgeAdmin
+	bridgeHub := map[string]any{"listen": hubAddr}
+	if s.cfg.Hub != "" {
+		s.hubReady = "http://" + addr("")
+		bridgeHub = map[string]any{"urls": []string{s.Hub}, "reconnect_max": "200ms", "partitions": hubPartitions}
+	}
 
 	edgeListen := []map[string]any{{"addr": edgeAddr}}
 	screenListen := []map[string]any{{"addr": screenAddr}}
@@ -201,7 +219,7 @@ func (s *Stack) writeSettings(ctx context.Context, names []string) error {
 	}
 	bridge := map[string]any{
 		"data": filepath.Join(dir, "hub"), "admin": map[string]any{"listen": bridgeAdmin},
-		"hub":    map[string]any{"listen": hubAddr},
+		"hub":    bridgeHub,
 		"portal": portalSettings, "binding_file": bindingFile, "sites": bridgeSites,
 		"screens": map[string]any{"listen": screenListen, "origins": []string{"ionic"}},
 	}
@@ -233,9 +251,22 @@ func writeJSON(path string, v any) error {
 
 func (s *Stack) file(name string) string { return filepath.Join(s.cfg.Dir, name) }
 
+// hubPartitions is what the embedded hub has by default; one of its own gets the same.
+const hubPartitions = 4
+
+// StartHub starts the hub that runs on its own and waits until it is ready.
+func (s *Stack) StartHub(ctx context.Context) (err error) {
+	s.HubProc, err = StartProcess("hub", s.cfg.Hub, s.file("hub.log"), "-listen", strings.TrimPrefix(s.Hub, "nats://"),
+		"-ready", strings.TrimPrefix(s.hubReady, "http://"), "-data", s.file("hub"))
+	if err != nil {
+		return err
+	}
+	return s.HubProc.WaitReady(ctx, s.hubReady+"/readyz")
+}
+
 // StartBridge starts the bridge and waits until it is ready.
 func (s *Stack) StartBridge(ctx context.Context) (err error) {
-	if s.Bridge, err = StartProcess("bridge", s.cfg.Bridge, s.file("bridge.log"), "run", "--config", s.file("bridge.yaml")); err != nil {
+	if s.Bridge, err = startProcess("bridge", s.cfg.Bridge, s.file("bridge.log"), s.cfg.BridgeEnv, "run", "--config", s.file("bridge.yaml")); err != nil {
 		return err
 	}
 	return s.Bridge.WaitReady(ctx, s.BridgeAdmin+"/readyz")
@@ -243,14 +274,20 @@ func (s *Stack) StartBridge(ctx context.Context) (err error) {
 
 // StartEdge starts the edge and waits until it is ready.
 func (s *Stack) StartEdge(ctx context.Context) (err error) {
-	if s.Edge, err = StartProcess("edge", s.cfg.Edge, s.file("edge.log"), "run", "--config", s.file("edge.yaml")); err != nil {
+	if s.Edge, err = startProcess("edge", s.cfg.Edge, s.file("edge.log"), s.cfg.EdgeEnv, "run", "--config", s.file("edge.yaml")); err != nil {
 		return err
 	}
 	return s.Edge.WaitReady(ctx, s.EdgeAdmin+"/readyz")
 }
 
-// Start starts both, the bridge first since it is the hub.
+// Start starts the programs: the hub if it is one of its own, then the bridge, since it
+// may be the hub, then the edge.
 func (s *Stack) Start(ctx context.Context) error {
+	if s.cfg.Hub != "" {
+		if err := s.StartHub(ctx); err != nil {
+			return err
+		}
+	}
 	if err := s.StartBridge(ctx); err != nil {
 		return err
 	}
@@ -263,7 +300,7 @@ const stopLimit = 20 * time.Second
 // Stop ends the programs as an operator would, edge first.
 func (s *Stack) Stop() error {
 	var errs []error
-	for _, p := range []**Process{&s.Edge, &s.Bridge} {
+	for _, p := range []**Process{&s.Edge, &s.Bridge, &s.HubProc} {
 		if *p != nil {
 			errs = append(errs, (*p).Stop(stopLimit))
 			*p = nil
