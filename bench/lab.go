@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,14 +22,15 @@ type lab struct {
 	keep  bool // the folder is the caller's
 	quick bool
 	log   *os.File
+	warn  io.Writer // for what the reader of the results must know
 
 	build sync.Once
 	err   error // of the build
 	count int   // of folders handed out
 }
 
-func newLab(o options) (*lab, error) {
-	l := &lab{dir: o.keep, keep: o.keep != "", quick: o.quick}
+func newLab(o options, warn io.Writer) (*lab, error) {
+	l := &lab{dir: o.keep, keep: o.keep != "", quick: o.quick, warn: warn}
 	var err error
 	if l.keep {
 		if l.dir, err = filepath.Abs(l.dir); err == nil {
@@ -59,6 +61,12 @@ func (l *lab) close() error {
 
 func (l *lab) logf(format string, args ...any) {
 	fmt.Fprintf(l.log, time.Now().Format("15:04:05.000 ")+format+"\n", args...)
+}
+
+// warnf tells the reader, and the log.
+func (l *lab) warnf(format string, args ...any) {
+	fmt.Fprintf(l.warn, "bench: "+format+"\n", args...)
+	l.logf(format, args...)
 }
 
 // program returns the path of a program by its name; all are built at the first call.

@@ -156,7 +156,7 @@ func run(ctx context.Context, o options, all []bench, out, errOut io.Writer) int
 		}
 		return exitOK
 	}
-	l, err := newLab(o)
+	l, err := newLab(o, errOut)
 	if err != nil {
 		fmt.Fprintln(errOut, "bench:", err)
 		return exitUnmeasured
