@@ -46,7 +46,7 @@ const (
 	ReasonKeys           Reason = "keys"            // nothing to post with the keys at hand
 	ReasonExpired        Reason = "expired"         // the deadline came, and the latest attempt is known to have failed
 	ReasonOutcomeUnknown Reason = "outcome-unknown" // the deadline came, and the latest attempt is unanswered
-	ReasonStopped        Reason = "stopped"         // the endpoint answered 410 to an earlier event
+	ReasonStopped        Reason = "stopped"         // the endpoint answered 410 before; people learn it now, not at the deadline
 	ReasonNoRoute        Reason = "no-route"        // the site has no Kitchen here
 	ReasonQuarantine     Reason = "quarantine"      // not what an edge sent: neither delivered nor reported
 )

@@ -26,7 +26,7 @@ func endpointName(e *endpoint) string {
 const (
 	alarmCredential  = "kitchen refuses the bridge's credential"
 	alarmProfile     = "kitchen can decrypt nothing of the site"
-	alarmUnencrypted = "kitchen wants security headers, the portal has the site's encryption off"
+	alarmUnencrypted = "kitchen wants security headers or a credential, the portal has the site's encryption off"
 	alarmGone        = "kitchen endpoint is gone and stopped until the next start"
 	alarmKeys        = "event cannot be brought into the kitchen's form with the keys at hand"
 	alarmQuarantine  = "event quarantined"
@@ -87,13 +87,13 @@ func (t *tenure) deliver(e *endpoint, it *item) bool {
 		}
 		if next == nil {
 			f, err := formOf(ev.Triple, t.r.keys.Site(e.site), it.refused, now)
-			if err == nil {
-				next = &f
-			} else if next = t.unformed(e, it, err); it.fate != nil {
-				return true
-			} else if next == nil {
-				continue
+			if err != nil {
+				if next = t.unformed(e, it, err); it.fate != nil {
+					return true
+				}
+				continue // it has taken time
 			}
+			next = &f
 		}
 		if t.begin.Err() != nil {
 			return false
@@ -208,6 +208,7 @@ func (t *tenure) reform(e *endpoint, it *item, f form, r Reason) *form {
 	if err == nil && formErr == nil {
 		t.alarm(alarmUnencrypted, e, it, r, nil)
 	}
+	t.reread(e)
 	t.later(e, it, ruling{again, r, false})
 	return nil
 }
@@ -223,13 +224,18 @@ func (t *tenure) refresh(e *endpoint, it *item) error {
 func (t *tenure) later(e *endpoint, it *item, r ruling) {
 	if r.alarm {
 		t.alarm(alarmCredential, e, it, r.reason, nil)
-		if err := e.readCredential(); err != nil {
-			t.r.log.Warn("credential not read again; the one before is used", "site", e.site, "endpoint", e.name, "err", err)
-		}
+		t.reread(e)
 	}
 	if e.failed(time.Now(), &it.last) {
 		t.r.log.Warn("kitchen fails; attempts go on until the deadline", "site", e.site, "endpoint", e.name,
 			"reason", r.reason, "status", it.last.status, "err", it.last.err)
+	}
+}
+
+// reread looks for a new credential in the file.
+func (t *tenure) reread(e *endpoint) {
+	if err := e.readCredential(); err != nil {
+		t.r.log.Warn("credential not read again; the one before is used", "site", e.site, "endpoint", e.name, "err", err)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -220,9 +221,7 @@ func (e *endpoint) request(d *broker.Delivery, f form, attempt int, deadline tim
 		u.RawPath += "/" + ev.Kind
 	}
 	h := make(http.Header, len(e.fixed)+9)
-	for name, values := range e.fixed {
-		h[name] = values
-	}
+	maps.Copy(h, e.fixed)
 	if c := e.credential.Load(); c != nil {
 		h["Authorization"] = *c
 	}

@@ -137,17 +137,24 @@ func TestOnARealHub(t *testing.T) {
 			publish(site)
 		}
 	}
-	all := reports(t, hub, 30)
+	publish("s2", within(-time.Second)) // 11: expired before it was stored
+	forged := e.event(t, "s3")          // 11
+	forged.ID = "another"
+	if _, _, err := hub.PublishEvent(t.Context(), &forged); err != nil {
+		t.Fatal(err)
+	}
+	publish("s3") // 12
+	all := reports(t, hub, 32)
 	stop()
 
 	want := []string{"1", "2", "3", "4", "5", "6", "7", "8", "9", "10"}
-	for _, site := range sites {
+	for site, want := range map[string][]string{"s1": want, "s2": want, "s3": append(slices.Clone(want), "12")} {
 		if got := l.got(site); !slices.Equal(got, want) {
 			t.Errorf("%s got %v", site, got)
 		}
 	}
-	if len(all) != 30 {
-		t.Errorf("%d reports on 30 events", len(all))
+	if len(all) != 32 {
+		t.Errorf("%d reports on 32 events that verify", len(all))
 	}
 	for _, r := range all {
 		if err := keys.Site(r.Site).Binding.VerifyReport(&r.Report, r.Bind, r.Tag); err != nil {
@@ -157,6 +164,9 @@ func TestOnARealHub(t *testing.T) {
 		if r.Seq == 5 {
 			st, reason = "failed", "refused"
 		}
+		if r.Site == "s2" && r.Seq == 11 {
+			st, reason = "failed", "expired"
+		}
 		if r.State != st || r.Reason != reason {
 			t.Errorf("%s %d: %s, %s", r.Site, r.Seq, r.State, r.Reason)
 		}
@@ -165,7 +175,7 @@ func TestOnARealHub(t *testing.T) {
 	// The next owner finds everything acknowledged.
 	publish("s1")
 	stop = runOn(t, hub, keys, mux.ServeHTTP, sites...)
-	reports(t, hub, 31)
+	reports(t, hub, 33)
 	stop()
 	if got := l.got("s1"); !slices.Equal(got, append(want, "11")) {
 		t.Errorf("after a restart s1 got %v", got)
