@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
 	"net/netip"
 	"net/url"
 	"os"
@@ -338,7 +337,3 @@ func lines(err error) []error {
 	}
 	return []error{err}
 }
-
-// dialer bounds a connection's start apart from the attempt: a dial goes on after the
-// attempt that began it has ended, for the next one's benefit.
-var dialer = net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}

@@ -439,16 +439,6 @@ func plainSealed(t testing.TB, k *fakeKeys) eventOption {
 	}
 }
 
-// sealedWith seals it with another key than the primary.
-func sealedWith(t testing.TB, key *envelope.Key) eventOption {
-	return func(e *broker.Event) {
-		var err error
-		if e.Triple, err = key.Seal(payload(e.Seq)); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 func payload(seq uint64) []byte { return fmt.Appendf(nil, `{"_id":"o%d"}`, seq) }
 
 // event makes the next event of a site: an order with a deadline in 10 minutes.

@@ -405,7 +405,8 @@ func TestAnswersAreBounded(t *testing.T) {
 					t.Errorf("status %d, %d bytes, %v; want %d bytes", a.status, len(a.body), a.err, tt.length)
 				}
 			}
-			if reused := <-addresses == <-addresses; reused != tt.reused {
+			before, after := <-addresses, <-addresses
+			if reused := before == after; reused != tt.reused {
 				t.Errorf("connection used again: %t, want %t", reused, tt.reused)
 			}
 		})
