@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,12 +21,15 @@ type hubReader struct {
 	nc *nats.Conn
 	js jetstream.JetStream
 
-	mu    sync.Mutex // Guards what follows.
-	heard []byte     // everything that crossed the hub, for the search for leaks
-	cut   int        // bytes that found no room in it
+	mu     sync.Mutex  // Guards what follows.
+	heard  []byte      // everything that crossed the hub, for the search for leaks
+	cut    int         // bytes that found no room in it
+	recent []*nats.Msg // the last events that came, for the forger
 	// onReport, when not nil, is called as a report is stored.
 	onReport func()
 }
+
+const mostRecent = 64
 
 // mostHeard bounds what is kept of the hub's traffic, in bytes.
 const mostHeard = 128 << 20
@@ -57,6 +61,12 @@ func (h *hubReader) hear(m *nats.Msg) {
 		h.cut += len(m.Data)
 	}
 	onReport := h.onReport
+	if strings.HasPrefix(m.Subject, "live.pos.") {
+		if len(h.recent) == mostRecent {
+			h.recent = h.recent[1:]
+		}
+		h.recent = append(h.recent, m)
+	}
 	h.mu.Unlock()
 	if onReport != nil && strings.HasPrefix(m.Subject, "live.kitchen.") {
 		onReport()
@@ -69,7 +79,14 @@ func (h *hubReader) whenReport(f func()) {
 	h.onReport = f
 }
 
-// taken returns what was heard so far.
+// lately returns the last events that came.
+func (h *hubReader) lately() []*nats.Msg {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.recent)
+}
+
+// traffic returns what was heard so far, and how much more there was.
 func (h *hubReader) traffic() ([]byte, int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -137,34 +154,30 @@ func (t *tail) read(ctx context.Context, f func(*jetstream.RawStreamMsg)) error 
 	return nil
 }
 
-// parseStored reads an event as it stands on the hub.
+// parseStored reads an event as it stands on the hub. With an error, what could be read.
 func parseStored(m *jetstream.RawStreamMsg) (Stored, error) {
 	// pos.<partition>.<site>.<kind>.<edge>
+	s := Stored{ID: m.Header.Get("Kb-Id"), StreamSeq: m.Sequence, At: m.Time, Fingerprint: m.Header.Get("Kb-Fingerprint")}
 	parts := strings.Split(m.Subject, ".")
 	if len(parts) != 5 {
-		return Stored{}, fmt.Errorf("subject %q", m.Subject)
+		return s, fmt.Errorf("subject %q", m.Subject)
 	}
-	id, err := parseEventID(parts[2], m.Header)
-	if err != nil {
-		return Stored{}, err
-	}
-	s := Stored{eventID: id, Kind: parts[3], ID: m.Header.Get("Kb-Id"), StreamSeq: m.Sequence, At: m.Time, Fingerprint: m.Header.Get("Kb-Fingerprint")}
-	if s.Accepted, err = parseMillis(m.Header.Get("Kb-Accepted")); err != nil {
-		return s, err
-	}
-	if s.Deadline, err = parseMillis(m.Header.Get("Kb-Deadline")); err != nil {
-		return s, err
-	}
+	s.Site, s.Kind = parts[2], parts[3]
 	t, err := parseTriple(m.Data)
 	s.IV = t.IV
-	return s, err
+	id, idErr := parseEventID(s.Site, m.Header)
+	s.eventID = id
+	var acceptedErr, deadlineErr error
+	s.Accepted, acceptedErr = parseMillis(m.Header.Get("Kb-Accepted"))
+	s.Deadline, deadlineErr = parseMillis(m.Header.Get("Kb-Deadline"))
+	return s, errors.Join(err, idErr, acceptedErr, deadlineErr)
 }
 
 func parseEventID(site string, h nats.Header) (eventID, error) {
 	edge, epoch, ok := strings.Cut(h.Get("Kb-Edge"), ".")
 	seq, err := strconv.ParseUint(h.Get("Kb-Seq"), 10, 64)
 	if !ok || err != nil {
-		return eventID{}, fmt.Errorf("Kb-Edge %q, Kb-Seq %q", h.Get("Kb-Edge"), h.Get("Kb-Seq"))
+		return eventID{Site: site}, fmt.Errorf("Kb-Edge %q, Kb-Seq %q", h.Get("Kb-Edge"), h.Get("Kb-Seq"))
 	}
 	return eventID{site, edge, epoch, seq}, nil
 }
@@ -208,7 +221,9 @@ func parseDead(m *jetstream.RawStreamMsg) (Dead, error) {
 	if d.Reason == quarantine {
 		err = nil
 	}
-	return d, err
+	var seqErr error
+	d.StreamSeq, seqErr = strconv.ParseUint(m.Header.Get("Kb-Dead-Stream-Seq"), 10, 64)
+	return d, errors.Join(err, seqErr)
 }
 
 func (h *hubReader) close() { h.nc.Close() }

@@ -20,8 +20,6 @@ type Evidence struct {
 	Screens []Session
 	Leaks   []Leak
 
-	// Forged are the ids of events that the harness itself put on the hub, and no edge made.
-	Forged map[string]bool
 	// Deadlines by kind, as the edge was configured.
 	Deadlines map[string]time.Duration
 	// Settle is how long after it was cut off a Kitchen may still work on a request.
@@ -68,6 +66,9 @@ type Stored struct {
 	At                 time.Time // when the hub stored it
 	Accepted, Deadline time.Time // as the edge says
 	IV, Fingerprint    string
+	// Forged says what is wrong with an event that the harness put there; "" for all that
+	// an edge stored. Its other fields may be those of a true one.
+	Forged string
 }
 
 // Settled is one report on the hub.
@@ -84,6 +85,7 @@ type Settled struct {
 type Dead struct {
 	eventID
 	ID, Reason string
+	StreamSeq  uint64 // of the event
 	At         time.Time
 }
 

@@ -17,7 +17,6 @@ func at(ms int) time.Time { return t0.Add(time.Duration(ms) * time.Millisecond) 
 // failed, one forged event quarantined, a screen that was shown all three.
 func sound() *Evidence {
 	e := &Evidence{
-		Forged:    map[string]bool{"forged": true},
 		Deadlines: map[string]time.Duration{"order": 10 * time.Second},
 		Settle:    300 * time.Millisecond,
 		Calm:      true,
@@ -45,8 +44,8 @@ func sound() *Evidence {
 	}
 	e.Screens = []Session{screen}
 	forged := eventID{"s", "edge", "epoch", 2}
-	e.Stored = append(e.Stored, Stored{eventID: forged, Kind: "order", ID: "forged", StreamSeq: 4, At: at(500), Accepted: at(400), Deadline: at(9000), IV: "iv-x", Fingerprint: "fp"})
-	e.Dead = append(e.Dead, Dead{eventID: forged, ID: "forged", Reason: quarantine, At: at(510)})
+	e.Stored = append(e.Stored, Stored{eventID: forged, Kind: "order", ID: "forged", StreamSeq: 4, At: at(500), Accepted: at(400), Deadline: at(9000), IV: "iv-x", Fingerprint: "fp", Forged: "another id"})
+	e.Dead = append(e.Dead, Dead{eventID: forged, ID: "forged", Reason: quarantine, StreamSeq: 4, At: at(510)})
 	return e
 }
 
@@ -94,8 +93,11 @@ func TestEachViolationIsFound(t *testing.T) {
 		{"the POS was told another end", func(e *Evidence) { e.Told[0].State = pos.Failed }, Unreported},
 		{"the POS was told of no end", func(e *Evidence) { e.Told[0].State = pos.Pending }, Unreported},
 		{"the POS was told that it is not stored", func(e *Evidence) { e.Told[0].State = pos.Refused }, Unreported},
+		{"reported long after the deadline", func(e *Evidence) {
+			e.Settled[2].At = e.Stored[2].Deadline.Add(reportMost + time.Second)
+		}, Unreported},
 		{"an edge's event was quarantined", func(e *Evidence) {
-			e.Dead = append(e.Dead, Dead{eventID: e.Stored[0].eventID, ID: "a", Reason: quarantine})
+			e.Dead = append(e.Dead, Dead{eventID: e.Stored[0].eventID, ID: "a", Reason: quarantine, StreamSeq: 1})
 		}, Unreported},
 		{"a forged event without a trace", func(e *Evidence) { e.Dead = e.Dead[:1] }, Unreported},
 		{"a forged event was cooked", func(e *Evidence) {

@@ -19,7 +19,7 @@ type scenario struct {
 }
 
 // scenarios in the order of -list.
-var scenarios = []scenario{crash}
+var scenarios = []scenario{crash, kitchens}
 
 func findScenario(name string) (scenario, error) {
 	for _, s := range scenarios {

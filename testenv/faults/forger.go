@@ -1,0 +1,131 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// forgery is one way of altering a true event. It returns the subject it is published on.
+type forgery struct {
+	what  string
+	alter func(r *run, subject []string, m *nats.Msg, rng *rand.Rand) []string
+}
+
+// subject is pos, site, kind, edge.
+const (
+	atSite = 1
+	atKind = 2
+)
+
+// forgeries: whoever holds the hub may do all of it. A plain replay, byte for byte, is not
+// among them: the bridge does not tell it from the hub's own redelivery yet.
+var forgeries = []forgery{
+	{"another id", func(_ *run, s []string, m *nats.Msg, rng *rand.Rand) []string {
+		m.Header.Set("Kb-Id", forgedID(rng))
+		return s
+	}},
+	{"another number", func(_ *run, s []string, m *nats.Msg, rng *rand.Rand) []string {
+		m.Header.Set("Kb-Id", forgedID(rng))
+		m.Header.Set("Kb-Seq", strconv.Itoa(100_000+rng.IntN(100_000)))
+		return s
+	}},
+	{"another site", func(r *run, s []string, _ *nats.Msg, rng *rand.Rand) []string {
+		others := slices.DeleteFunc(slices.Sorted(maps.Keys(r.plan.sites)), func(site string) bool { return site == s[atSite] })
+		s[atSite] = pick(rng, others)
+		return s
+	}},
+	{"a site that is none", func(_ *run, s []string, _ *nats.Msg, _ *rand.Rand) []string {
+		s[atSite] = "nowhere"
+		return s
+	}},
+	{"another kind", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		s[atKind] = map[string]string{"order": "alert", "alert": "order"}[s[atKind]]
+		m.Header.Set("Kb-Kind", s[atKind])
+		return s
+	}},
+	{"a kind of the bridge's own", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		s[atKind] = "expired"
+		m.Header.Set("Kb-Kind", s[atKind])
+		return s
+	}},
+	{"a longer life", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		m.Header.Set("Kb-Deadline", strconv.FormatInt(time.Now().Add(time.Hour).UnixMilli(), 10))
+		return s
+	}},
+	{"another ciphertext", func(_ *run, s []string, m *nats.Msg, rng *rand.Rand) []string {
+		// Another letter inside the message: in base64 it is one again.
+		text := string(m.Data)
+		i := strings.LastIndex(text, `"message":"`) + len(`"message":"`)
+		for i += rng.IntN(8); text[i] == 'A'; i++ {
+		}
+		m.Data = []byte(text[:i] + "A" + text[i+1:])
+		return s
+	}},
+	{"a tag of nobody", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		m.Header.Set("Kb-Tag", strings.Repeat("A", 43))
+		return s
+	}},
+	{"a binding key that is none", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		m.Header.Set("Kb-Bind", "none")
+		return s
+	}},
+	{"no tag", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		m.Header.Del("Kb-Tag")
+		return s
+	}},
+	{"no event at all", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		m.Header, m.Data = nats.Header{}, []byte("nonsense")
+		return s
+	}},
+}
+
+func forgedID(rng *rand.Rand) string { return fmt.Sprintf("forged%026x", rng.Uint64()) }
+
+// forge publishes altered copies of events that came lately. What they are is drawn now;
+// which event is altered depends on what has come.
+func forge(rng *rand.Rand, at time.Duration, n int) step {
+	chosen := make([]forgery, n)
+	var names []string
+	for i := range chosen {
+		chosen[i] = pick(rng, forgeries)
+		names = append(names, chosen[i].what)
+	}
+	source := rand.New(rand.NewPCG(rng.Uint64(), 1))
+	return step{at: at, what: "forge events with " + strings.Join(names, ", "), do: func(ctx context.Context, r *run) (int, error) {
+		struck := 0
+		var errs []error
+		for _, f := range chosen {
+			recent := r.hub.lately()
+			if len(recent) == 0 {
+				break
+			}
+			from := pick(source, recent)
+			m := &nats.Msg{Header: nats.Header{}, Data: slices.Clone(from.Data)}
+			for name, values := range from.Header {
+				if !strings.HasPrefix(name, "Nats-") { // a copy with the true id would be dropped
+					m.Header[name] = slices.Clone(values)
+				}
+			}
+			m.Subject = strings.Join(f.alter(r, strings.Split(strings.TrimPrefix(from.Subject, "live."), "."), m, source), ".")
+			once, cancel := context.WithTimeout(ctx, time.Second)
+			ack, err := r.hub.js.PublishMsg(once, m)
+			cancel()
+			if err != nil {
+				errs = append(errs, fmt.Errorf("forge: %w", err))
+				continue
+			}
+			r.forged[ack.Sequence] = f.what
+			struck++
+		}
+		return struck, errors.Join(errs...)
+	}}
+}
