@@ -210,7 +210,7 @@ func TestUnansweredAttemptClosesItsConnection(t *testing.T) {
 				t.Errorf("answered attempts came over %s and %s: the connection is not used again", first, second)
 			}
 			silent.Store(true)
-			e.timeout = 200 * time.Millisecond
+			e.timeout = 500 * time.Millisecond
 			a := e.try(t, sealedForm)
 			if !a.unanswered() || a.failure != ReasonTimeout {
 				t.Fatalf("answer: %+v", a)
@@ -359,7 +359,11 @@ func TestNoAnswer(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			e := connectTo(t, tt.kitchen(t), func(c *Config) { c.AttemptTimeout = 300 * time.Millisecond })
+			e := connectTo(t, tt.kitchen(t), func(c *Config) {
+				if tt.want == ReasonTimeout {
+					c.AttemptTimeout = 300 * time.Millisecond
+				}
+			})
 			a := e.try(t, sealedForm)
 			if a.status != 0 || a.failure != tt.want || a.sent != tt.sent || a.err == nil {
 				t.Errorf("status %d, %s, sent %t (%v); want %s, sent %t", a.status, a.failure, a.sent, a.err, tt.want, tt.sent)
