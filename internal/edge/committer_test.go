@@ -291,6 +291,35 @@ func TestAnUnknownOutcomeIsSettledBeforeAnythingNewer(t *testing.T) {
 	}
 }
 
+// The last event of an earlier run may have the same number.
+func TestAnEventOfAnotherEpochSettlesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		before, _ := testDraft(t, "one", "before")
+		hub := &scriptedHub{}
+		old := testCommitter(hub)
+		old.epoch = "epochbefore"
+		if err := old.Commit(t.Context(), before); err != nil {
+			t.Fatal(err)
+		}
+		halt(old)
+		hub.publish = func(_ context.Context, _ *broker.Event, call int) fate {
+			if call == 2 {
+				return lost
+			}
+			return fate{store: true}
+		}
+		c := testCommitter(hub)
+		defer halt(c)
+		if _, err := commit(t, c, "one", "a"); !errors.Is(err, errUnknown) {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		if got := hub.ids("one"); !slices.Equal(got, []string{"before:1", "a:1"}) {
+			t.Errorf("the hub has %v", got)
+		}
+	})
+}
+
 // A refusal of the copy says nothing of the first one, so the number is not free.
 func TestAnUnknownOutcomeSurvivesARefusalOfItsCopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -19,7 +19,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+	"github.com/kitchenbridge/kitchenbridge/internal/door"
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
+	"github.com/kitchenbridge/kitchenbridge/pkg/keysync"
 )
 
 const order = `{"_id":"o-1001","order_number":"17"}`
@@ -440,5 +442,31 @@ func TestIngestAnswersAreTheDocumentedOnes(t *testing.T) {
 	slices.Sort(tested)
 	if diff := cmp.Diff(documented, tested); diff != "" {
 		t.Errorf("documented (-) and tested (+) cases differ:\n%s", diff)
+	}
+}
+
+// One IV has several texts; using it twice under two of them is using it twice.
+func TestEnvelopeIsNamedByItsIVNotByTheIVsText(t *testing.T) {
+	lane := binding(t, "one").Lane()
+	name := func(e envelope.Encoding, iv, fp string) string {
+		return envelopeOf(door.Visitor{IV: []byte(iv), Fingerprint: []byte(fp), Keys: &keysync.Site{Settings: envelope.Settings{IVEncoding: e}}, Site: "one"}, lane)
+	}
+	for _, tc := range []struct {
+		encoding envelope.Encoding
+		a, b     string
+		same     bool
+	}{
+		{envelope.Hex, "00ff", "00FF", true},
+		{envelope.Base64URL, "AAECAwQFBgcICQoLDA0ODw", "AAECAwQFBgcICQoLDA0ODw==", true},
+		{envelope.Base64URL, "AAEC", "aaec", false},
+		{envelope.Base64, "AAEC", "aaec", false},
+		{"", "AAEC", "aaec", false},
+	} {
+		if got := name(tc.encoding, tc.a, "fp") == name(tc.encoding, tc.b, "fp"); got != tc.same {
+			t.Errorf("%s: %s and %s name one envelope: %v", tc.encoding, tc.a, tc.b, got)
+		}
+	}
+	if name("", "AAEC", "fp") == name("", "AAEC", "fq") {
+		t.Error("the fingerprint does not count")
 	}
 }

@@ -249,6 +249,8 @@ func TestTheHubGoesAndComesBack(t *testing.T) {
 	statuses := make(map[int]int)
 	var wg sync.WaitGroup
 	ends := make(chan struct{})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
 	for i, token := range []string{tokenTill1, tokenTill1, tokenTill1, tokenClear} {
 		wg.Go(func() {
 			for n := 0; ; n++ {
@@ -270,7 +272,8 @@ func TestTheHubGoesAndComesBack(t *testing.T) {
 					}
 					select {
 					case <-time.After(10 * time.Millisecond):
-					case <-t.Context().Done():
+					case <-ctx.Done():
+						t.Errorf("message %d-%d: still %d in the end", i, n, resp.StatusCode)
 						return
 					}
 				}
