@@ -115,7 +115,8 @@ func (b *Bridge) Run(ctx context.Context) (err error) {
 				}
 				return nil
 			},
-			"keys": b.keys.Ready,
+			"keys":     b.keys.Ready,
+			"delivery": deliver.Ready,
 		}
 		if gate != nil {
 			ready["screens"] = gate.Ready
