@@ -189,7 +189,7 @@ func (s *ingest) post(w http.ResponseWriter, r *http.Request, l listener, kind s
 	held := s.slots
 	defer func() { give(held) }()
 
-	v, refusal := s.door.Admit(r, at(r, l), l.loopback)
+	v, refusal := s.door.Admit(r, siteOf(r, l), l.loopback)
 	if refusal != nil {
 		refuse(refusal, outcomeOf(refusal))
 		return
@@ -247,7 +247,7 @@ func (s *ingest) post(w http.ResponseWriter, r *http.Request, l listener, kind s
 	}
 	// One that came before is being stored, or its outcome is still unknown: this request
 	// hears the same as the first.
-	at := m.await(r.Context(), s.commitWait, s.stopping, func(st state) bool {
+	known := m.await(r.Context(), s.commitWait, s.stopping, func(st state) bool {
 		return st != statePending && (fresh || st != stateUnknown)
 	})
 
@@ -256,10 +256,10 @@ func (s *ingest) post(w http.ResponseWriter, r *http.Request, l listener, kind s
 	give(gate)
 	give(held)
 	gate, held = nil, nil
-	if at.state == stateAccepted && wish.wait > 0 {
-		at = s.awaitKitchen(r.Context(), m, wish.wait)
+	if known.state == stateAccepted && wish.wait > 0 {
+		known = s.awaitKitchen(r.Context(), m, wish.wait)
 	}
-	count(s.answer(w, at, site, location(v, r, m.id)))
+	count(s.answer(w, known, site, location(v, r, m.id)))
 }
 
 // awaitKitchen waits until m is settled, for at most d. When as many requests wait as
@@ -289,8 +289,8 @@ func give(tokens chan struct{}) {
 	}
 }
 
-// at returns the site that the request names otherwise than by its token.
-func at(r *http.Request, l listener) string {
+// siteOf returns the site that the request names otherwise than by its token.
+func siteOf(r *http.Request, l listener) string {
 	if site := r.PathValue("site"); site != "" {
 		if l.site != "" && site != l.site {
 			return "-" // no site's name: not served here
@@ -457,7 +457,7 @@ func (s *ingest) message(w http.ResponseWriter, r *http.Request, l listener) {
 		return
 	}
 	defer give(s.slots)
-	v, refusal := s.door.Admit(r, at(r, l), l.loopback)
+	v, refusal := s.door.Admit(r, siteOf(r, l), l.loopback)
 	if refusal != nil {
 		refusal.Write(w)
 		return
