@@ -14,6 +14,10 @@ import (
 // user and system: the sum that /proc/<pid>/stat shows in ticks of 10 ms, by the
 // process's own clock and so to the nanosecond.
 func cpuTime(pid int) (time.Duration, error) {
+	const most = 1 << 22 // beyond it the number below would be another clock's
+	if pid <= 0 || pid > most {
+		return 0, fmt.Errorf("CPU clock of process %d: there is none", pid)
+	}
 	// clock_getcpuclockid(3) makes the clock of another process so.
 	const scheduled = 2
 	var ts syscall.Timespec

@@ -190,11 +190,15 @@ func (f *fanout) beat(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		f.mu.Lock()
-		for _, screens := range f.screens {
-			write(screens, f.alive)
-		}
-		f.mu.Unlock()
+		f.sayAlive()
+	}
+}
+
+func (f *fanout) sayAlive() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, screens := range f.screens {
+		write(screens, f.alive)
 	}
 }
 
