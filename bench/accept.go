@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -51,9 +52,7 @@ func (c *crew) startEdge(ctx context.Context, f *fleet, hubURL string, more map[
 	}
 	settings := map[string]any{"name": "edge-1", "listen": []map[string]any{{"addr": address}}, "admin": map[string]any{"listen": admin},
 		"hub": map[string]any{"urls": []string{hubURL}}, "portal": f.portalSettings, "binding_file": f.bindingFile, "cipher": cipherMap(), "sites": sites}
-	for key, v := range more {
-		settings[key] = v
-	}
+	maps.Copy(settings, more)
 	file, err := c.writeSettings("edge.yaml", settings)
 	if err != nil {
 		return nil, "", nil, err

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"strconv"
 	"time"
@@ -125,9 +126,7 @@ func (c *crew) startBridge(ctx context.Context, f *fleet, k *kitchen, hubSetting
 	}
 	settings := map[string]any{"admin": map[string]any{"listen": admin}, "hub": hubSettings, "portal": f.portalSettings,
 		"binding_file": f.bindingFile, "cipher": cipherMap(), "sites": sites}
-	for key, v := range more {
-		settings[key] = v
-	}
+	maps.Copy(settings, more)
 	file, err := c.writeSettings("bridge.yaml", settings)
 	if err != nil {
 		return nil, err

@@ -91,12 +91,18 @@ func (a *audience) join(ctx context.Context, address string, tokens []string, n 
 }
 
 // upgrade makes one handshake as the seed's clients do.
-func upgrade(ctx context.Context, address string, source net.Addr, f *fleet, site int, token string) (net.Conn, *bufio.Reader, error) {
+func upgrade(ctx context.Context, address string, source net.Addr, f *fleet, site int, token string) (conn net.Conn, in *bufio.Reader, err error) {
 	d := net.Dialer{LocalAddr: source}
-	conn, err := d.DialContext(ctx, "tcp", address)
+	conn, err = d.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, nil, err
 	}
+	opened := conn
+	defer func() {
+		if err != nil {
+			opened.Close()
+		}
+	}()
 	iv, err := f.keys[site].NewIV(nil)
 	if err != nil {
 		return nil, nil, err
@@ -107,7 +113,7 @@ func upgrade(ctx context.Context, address string, source net.Addr, f *fleet, sit
 	if err != nil {
 		return nil, nil, err
 	}
-	in := bufio.NewReaderSize(conn, 512)
+	in = bufio.NewReaderSize(conn, 512)
 	resp, err := http.ReadResponse(in, nil)
 	if err != nil {
 		return nil, nil, err
@@ -238,13 +244,18 @@ func (a *audience) failure() error {
 	return nil
 }
 
-// leave closes all connections.
+// leave cuts all connections: closed in the orderly way each would keep its port for a
+// minute, and the next turns would find none free.
 func (a *audience) leave() error {
 	a.closing.Store(true)
 	for _, v := range a.screens {
-		if v != nil {
-			v.conn.Close()
+		if v == nil {
+			continue // the handshake did not get so far
 		}
+		if tcp, ok := v.conn.(*net.TCPConn); ok {
+			_ = tcp.SetLinger(0)
+		}
+		v.conn.Close()
 	}
 	a.wg.Wait()
 	return a.failure()

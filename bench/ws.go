@@ -48,7 +48,9 @@ func wsBenches() []bench {
 				{name: "ws.idle", key: "rss", unit: kibibytes, budget: budget{kind: valueAtMost, bound: 12},
 					how: fmt.Sprintf("resident memory of the gate's process for one of %d screens that get heartbeats only, as the kernel counts it (its own socket buffers not included)", idleConnections)},
 				{name: "ws.idle.heap", key: "heap", unit: kibibytes, budget: budget{kind: reported},
-					how: "of that, spans of heap and stacks in use as Go counts them, garbage not yet collected included"},
+					how: "of that, the heap's spans in use as Go counts them, garbage not yet collected included"},
+				{name: "ws.idle.stacks", key: "stacks", unit: kibibytes, budget: budget{kind: reported},
+					how: "of that, the stacks of goroutines"},
 			},
 			open: openIdle,
 		},
@@ -275,7 +277,7 @@ func idle(ctx context.Context, f *fleet, s *screenServer, tokens []string, n int
 	if err := a.hear(ctx, idleWarm, time.Second); err != nil {
 		return nil, err
 	}
-	rss, heap, err := s.memory(ctx)
+	before, err := s.memory(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -285,12 +287,12 @@ func idle(ctx context.Context, f *fleet, s *screenServer, tokens []string, n int
 	if err := a.hear(ctx, n+idleWarm, turn); err != nil {
 		return nil, err
 	}
-	rssAfter, heapAfter, err := s.memory(ctx)
+	after, err := s.memory(ctx)
 	if err != nil {
 		return nil, err
 	}
 	per := func(bytes int64) float64 { return float64(bytes) / 1024 / float64(n) }
-	return sample{"rss": per(rssAfter - rss), "heap": per(heapAfter - heap)}, nil
+	return sample{"rss": per(after.resident - before.resident), "heap": per(after.heap - before.heap), "stacks": per(after.stacks - before.stacks)}, nil
 }
 
 // hear listens for a while, and demands that the screens had a heartbeat for each second.
@@ -306,35 +308,38 @@ func (a *audience) hear(ctx context.Context, screens int, d time.Duration) error
 	})
 }
 
-// memory is what the server's process holds: in RAM, and in Go's heap and stacks.
-func (s *screenServer) memory(ctx context.Context) (rss, heap int64, err error) {
-	if rss, err = residentBytes(s.process.PID()); err != nil {
-		return 0, 0, err
+// memory is what a process holds, in bytes: in RAM, and in use by Go's heap and stacks.
+type memory struct{ resident, heap, stacks int64 }
+
+func (s *screenServer) memory(ctx context.Context) (m memory, err error) {
+	if m.resident, err = residentBytes(s.process.PID()); err != nil {
+		return m, err
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.admin+"/metrics", nil)
 	if err != nil {
-		return 0, 0, err
+		return m, err
 	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return 0, 0, err
+		return m, err
 	}
 	defer resp.Body.Close()
-	found := 0
+	wanted := map[string]*int64{"go_memstats_heap_inuse_bytes": &m.heap, "go_memstats_stack_inuse_bytes": &m.stacks}
 	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
 		name, value, _ := strings.Cut(lines.Text(), " ")
-		if name != "go_memstats_heap_inuse_bytes" && name != "go_memstats_stack_inuse_bytes" {
+		into, ok := wanted[name]
+		if !ok {
 			continue
 		}
 		v, err := strconv.ParseFloat(value, 64)
 		if err != nil {
-			return 0, 0, fmt.Errorf("%s: %w", name, err)
+			return m, fmt.Errorf("%s: %w", name, err)
 		}
-		heap += int64(v)
-		found++
+		*into = int64(v)
+		delete(wanted, name)
 	}
-	if found != 2 {
-		return 0, 0, fmt.Errorf("%s/metrics does not say what heap and stacks hold", s.admin)
+	if len(wanted) > 0 {
+		return m, fmt.Errorf("%s/metrics does not say what heap and stacks hold", s.admin)
 	}
-	return rss, heap, nil
+	return m, nil
 }

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -192,9 +193,7 @@ func (k *kitchen) arrivals() map[string]int64 {
 	all := make(map[string]int64)
 	for _, s := range k.byPort {
 		s.mu.Lock()
-		for id, at := range s.arrivals {
-			all[id] = at
-		}
+		maps.Copy(all, s.arrivals)
 		s.mu.Unlock()
 	}
 	return all
