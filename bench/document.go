@@ -33,7 +33,7 @@ func commit(ctx context.Context) string {
 		return "unknown"
 	}
 	id := strings.TrimSpace(string(head))
-	if changed, err := exec.CommandContext(ctx, "git", "status", "--porcelain", "--", "*.go", "go.mod").Output(); err != nil || len(bytes.TrimSpace(changed)) > 0 {
+	if changed, err := exec.CommandContext(ctx, "git", "--no-optional-locks", "status", "--porcelain", "--", "*.go", "go.mod").Output(); err != nil || len(bytes.TrimSpace(changed)) > 0 {
 		id += " and uncommitted changes"
 	}
 	return id
