@@ -39,7 +39,7 @@ func streams(partitions, replicas int, maxBytes int64) []jetstream.StreamConfig 
 		Retention:    jetstream.LimitsPolicy, // a log: replay and parking read it again
 		Storage:      jetstream.FileStorage,
 		Replicas:     replicas,
-		Discard:      jetstream.DiscardNew, // full means refused, never forgotten
+		Discard:      jetstream.DiscardNew, // full means refused, never forgotten; but KITCHEN
 		MaxMsgs:      -1,
 		MaxConsumers: 500,
 		MaxMsgSize:   maxEventSize,
@@ -78,6 +78,11 @@ func streams(partitions, replicas int, maxBytes int64) []jetstream.StreamConfig 
 	}
 	kitchen.MaxAge = 7 * 24 * time.Hour
 	kitchen.MaxBytes = maxBytes
+	// Reports live longer than events and may be larger, so this stream fills first, and no
+	// order is acknowledged before its report is stored. A refused report would stop all
+	// Kitchens. An old one that is gone costs at most a repeat under the same
+	// Idempotency-Key, or a POS that missed it asks in vain (docs/adr/0005).
+	kitchen.Discard = jetstream.DiscardOld
 	kitchen.MaxMsgsPerSubject = -1
 
 	dlq := event
@@ -86,7 +91,8 @@ func streams(partitions, replicas int, maxBytes int64) []jetstream.StreamConfig 
 	dlq.Subjects = []string{"dlq.*.*"}
 	dlq.MaxAge = 14 * 24 * time.Hour
 	dlq.MaxBytes = maxBytes / 4
-	dlq.MaxMsgsPerSubject = -1
+	dlq.MaxMsgsPerSubject = 50_000 // so that one Kitchen that refuses everything leaves room for the others'
+	dlq.DiscardNewPerSubject = true
 	dlq.MaxMsgSize = 2 * maxEventSize // a dead letter is an event and the reasons
 	dlq.Duplicates = 24 * time.Hour
 

@@ -1,6 +1,8 @@
 package broker
 
 import (
+	"bytes"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -206,6 +208,12 @@ func TestCheckNamesEveryDifference(t *testing.T) {
 			}
 		})
 	}
+	kitchen := streams(16, 3, defaultMaxBytes)[1]
+	refusing := kitchen
+	refusing.Discard = jetstream.DiscardNew
+	if found := diffStream(refusing, kitchen, HubConfig{}); len(found) != 1 || !strings.HasPrefix(found[0].Error(), "stream KITCHEN: discard is DiscardNew, wants DiscardOld: ") {
+		t.Errorf("a KITCHEN that refuses reports: found %v", found)
+	}
 	for name, change := range map[string]func(*jetstream.ConsumerConfig){
 		"filter":          func(c *jetstream.ConsumerConfig) { c.FilterSubject = "pos.>" },
 		"deliver policy":  func(c *jetstream.ConsumerConfig) { c.DeliverPolicy = jetstream.DeliverNewPolicy },
@@ -225,6 +233,61 @@ func TestCheckNamesEveryDifference(t *testing.T) {
 		found := diffConsumer(cfg, partitionConsumer(3, 1))
 		if len(found) != 1 || !strings.HasPrefix(found[0].Error(), "consumer kitchen-3: "+name+" is ") {
 			t.Errorf("%s: found %v", name, found)
+		}
+	}
+}
+
+// Full, POS and DLQ refuse what comes; KITCHEN forgets the oldest, as no order may wait for
+// room for its report.
+func TestWhatAFullStreamDoes(t *testing.T) {
+	t.Parallel()
+	_, b := embedded(t, HubConfig{MaxBytes: 1 << 20})
+	body := bytes.Repeat([]byte("A"), 100<<10)
+	big := func(seq uint64) *Event {
+		e := event("store-1", seq)
+		e.Triple.Message = body
+		return e
+	}
+	for _, row := range []struct {
+		stream  string
+		refuses bool
+		publish func(seq uint64) error
+	}{
+		{streamPOS, true, func(seq uint64) error { _, _, err := b.PublishEvent(deadline(t), big(seq)); return err }},
+		{streamDLQ, true, func(seq uint64) error {
+			e := big(seq)
+			d := &Delivery{Event: *e, Site: e.Site, Kind: e.Kind, Edge: e.Edge, StreamSeq: seq, Subject: "pos.0.store-1.order.edge-1", Body: body}
+			return b.PublishDeadLetter(deadline(t), DeadLetter{Delivery: d, Reason: "refused"})
+		}},
+		{streamKitchen, false, func(seq uint64) error {
+			r := report("store-1", seq)
+			r.Triple.Message = body
+			return b.PublishReport(deadline(t), r)
+		}},
+	} {
+		var err error
+		for seq := uint64(1); seq <= 30 && err == nil; seq++ { // 3 MB
+			err = row.publish(seq)
+		}
+		stream, streamErr := b.js.Stream(deadline(t), row.stream)
+		if streamErr != nil {
+			t.Fatal(streamErr)
+		}
+		state := stream.CachedInfo().State
+		switch {
+		case row.refuses && (!errors.Is(err, ErrRejected) || errors.Is(err, ErrAway) || state.FirstSeq != 1):
+			t.Errorf("%s: %v, begins at %d; want a certain refusal, and everything kept", row.stream, err, state.FirstSeq)
+		case !row.refuses && (err != nil || state.LastSeq != 30 || state.FirstSeq == 1):
+			t.Errorf("%s: %v, has %d to %d; want the newest kept", row.stream, err, state.FirstSeq, state.LastSeq)
+		}
+	}
+}
+
+func TestOneSiteCannotFillAStreamThatRefuses(t *testing.T) {
+	t.Parallel()
+	for _, cfg := range streams(16, 3, defaultMaxBytes) {
+		if cfg.Discard == jetstream.DiscardNew && !strings.HasPrefix(cfg.Name, "KV_") && (cfg.MaxMsgsPerSubject <= 0 || !cfg.DiscardNewPerSubject) {
+			t.Errorf("%s: %d messages for each subject, new ones refused: %t", cfg.Name, cfg.MaxMsgsPerSubject, cfg.DiscardNewPerSubject)
 		}
 	}
 }

@@ -41,8 +41,8 @@ type Config struct {
 	// RetryAfterMax is the longest wait a Kitchen may ask for with Retry-After; what is
 	// longer is taken as this. An event's deadline is kept meanwhile. Default 10m.
 	RetryAfterMax time.Duration `koanf:"retry_after_max"`
-	// MaxAnswer is how much of a Kitchen's answer is kept for the report, in bytes.
-	// Default 65536.
+	// MaxAnswer is how much of a Kitchen's answer is kept for the report, in bytes. Reports
+	// share one bounded stream, where the oldest give way. Default 16384.
 	MaxAnswer int `koanf:"max_answer"`
 	// MaxDeadline is the latest deadline an event may have, by kind, counted from when
 	// the hub stored it: an edge with a wrong clock cannot keep an event alive longer.
@@ -90,7 +90,7 @@ const (
 	defaultBackoffMin     = 250 * time.Millisecond
 	defaultBackoffMax     = 10 * time.Second
 	defaultRetryAfterMax  = 10 * time.Minute
-	defaultMaxAnswer      = 64 << 10
+	defaultMaxAnswer      = 16 << 10
 	defaultMaxDeadline    = 10 * time.Minute
 	defaultAlertDeadline  = 2 * time.Minute
 	defaultDrainTimeout   = 10 * time.Second

@@ -373,7 +373,7 @@ func TestNoAnswer(t *testing.T) {
 }
 
 func TestAnswersAreBounded(t *testing.T) {
-	const most = 64 << 10
+	const most = 16 << 10
 	tests := []struct {
 		name   string
 		answer http.HandlerFunc
