@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -42,13 +43,13 @@ type Broker struct {
 	name       string
 	hub        HubConfig
 	embedded   bool
-	durability string
 	partitions int
 	log        *slog.Logger
 	metrics    *metrics
 	nc         *nats.Conn
 	js         jetstream.JetStream
 	closed     chan struct{} // closed when nats.go has given the connection up
+	closing    atomic.Bool   // Close was called
 
 	mu sync.Mutex // Guards what follows.
 	// The link is one connection's life; linked is closed while there is one.
@@ -78,7 +79,6 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*Broker, error) {
 		name:       cfg.Name,
 		hub:        cfg.HubConfig,
 		embedded:   cfg.Embedded != nil,
-		durability: "hub",
 		partitions: cfg.partitions(),
 		log:        cmp.Or(cfg.Log, slog.Default()),
 		closed:     make(chan struct{}),
@@ -103,10 +103,6 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*Broker, error) {
 		return nil, fmt.Errorf("hub: %w", err)
 	}
 	if b.embedded {
-		b.durability = "fsync"
-		if cfg.Embedded.cfg.Sync == syncInterval {
-			b.durability = syncInterval
-		}
 		if _, err := b.await(ctx); err != nil {
 			b.nc.Close()
 			return nil, fmt.Errorf("hub: connect to the embedded hub: %w", err)
@@ -136,7 +132,13 @@ func (b *Broker) options(cfg ConnectConfig) ([]nats.Option, error) {
 		nats.ReconnectHandler(b.linkUp),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) { b.linkDown(err) }),
 		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) { b.stillDown(err) }),
-		nats.ClosedHandler(func(*nats.Conn) { b.linkDown(errClosed); close(b.closed) }),
+		nats.ClosedHandler(func(nc *nats.Conn) {
+			if !b.closing.Load() {
+				b.log.Error("hub: connection closed for good", "err", nc.LastError())
+			}
+			b.linkDown(errClosed)
+			close(b.closed)
+		}),
 		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) { b.asyncError(sub, err) }),
 	}
 	if e := cfg.Embedded; e != nil {
@@ -239,7 +241,7 @@ func (b *Broker) linkDown(err error) {
 		b.linked = make(chan struct{})
 	}
 	b.mu.Unlock()
-	if was && !errors.Is(err, errClosed) {
+	if was && !errors.Is(err, errClosed) && !b.closing.Load() {
 		b.metrics.disconnects.Inc()
 		b.log.Warn("hub: disconnected", "err", cmp.Or(err, errLinkDown))
 	}
@@ -351,6 +353,7 @@ func (b *Broker) session(ctx context.Context) (context.Context, context.CancelFu
 // Close ends the connection after what has been published and acknowledged so far is
 // on its way, within 10 s. Subscriptions end. It may be called more than once.
 func (b *Broker) Close() error {
+	b.closing.Store(true)
 	if err := b.nc.Drain(); err != nil {
 		// Not connected, or closed already: there is nothing to drain.
 		b.nc.Close()
@@ -382,8 +385,17 @@ func (b *Broker) Status() string {
 }
 
 // Durability says what an acknowledged message has survived: "fsync", it is on the
-// disk; "interval", it will be within a second; "hub", as the hub elsewhere is set.
-func (b *Broker) Durability() string { return b.durability }
+// disk; "interval", it will be within a second; "hub", as the hub elsewhere is set. An
+// embedded hub says so in its name, to whoever connects.
+func (b *Broker) Durability() string {
+	switch b.nc.ConnectedServerName() {
+	case serverFsync:
+		return "fsync"
+	case serverInterval:
+		return syncInterval
+	}
+	return "hub"
+}
 
 // Partitions is how many partitions the settings say POS has.
 func (b *Broker) Partitions() int { return b.partitions }

@@ -111,10 +111,21 @@ func startLocked(cfg EmbeddedConfig) (*Embedded, error) {
 // syncEvery is how often `sync: interval` writes to the disk.
 const syncEvery = time.Second
 
+// The name of an embedded hub says how it syncs. A client is told the name of its server
+// and nothing else about it, and an edge owes its POS the word (I1).
+const serverFsync, serverInterval = "kitchenbridge", "kitchenbridge-sync-interval"
+
+func serverName(sync string) string {
+	if sync == syncInterval {
+		return serverInterval
+	}
+	return serverFsync
+}
+
 func (e *Embedded) options(dir string) (*server.Options, error) {
 	c := e.cfg
 	o := &server.Options{
-		ServerName:             "kitchenbridge",
+		ServerName:             serverName(c.Sync),
 		NoSigs:                 true, // signals are the program's
 		NoLog:                  true,
 		JetStream:              true,

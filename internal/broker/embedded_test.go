@@ -165,9 +165,10 @@ func TestDurabilityIsWhatTheHubDoes(t *testing.T) {
 			t.Errorf("sync %q: the log says %q", row.sync, log.String())
 		}
 	}
+	// Whoever connects to an embedded hub is told as well; of another hub nothing is known.
 	p := startProcess(t)
-	if got := remote(t, "bridge", p.hub.ClientURL()).Durability(); got != "hub" {
-		t.Errorf("a hub elsewhere: durability %q", got)
+	if got := remote(t, "edge-1", p.hub.ClientURL()).Durability(); got != "fsync" {
+		t.Errorf("an embedded hub elsewhere: durability %q", got)
 	}
 }
 

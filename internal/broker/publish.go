@@ -31,6 +31,11 @@ const (
 // seq is the event's sequence in POS. duplicate: the hub had it already, from an
 // earlier attempt or call within its duplicate window; seq is then that one's.
 //
+// The hub's word that something came twice does not say that it was this event: it
+// compares ids only, and over all subjects. So the event is then looked for; when it is
+// not its edge's last one of the site, its outcome is unknown. Of one (site, edge) call
+// it for one event at a time.
+//
 // Errors: ErrInvalid, ErrRejected (ErrAway among them), ErrUnknown. After ErrUnknown
 // publish the same event again before any newer one of its site.
 func (b *Broker) PublishEvent(ctx context.Context, e *Event) (seq uint64, duplicate bool, err error) {
@@ -39,7 +44,19 @@ func (b *Broker) PublishEvent(ctx context.Context, e *Event) (seq uint64, duplic
 		return 0, false, err
 	}
 	ack, err := b.publish(ctx, "event", streamPOS, msg)
-	return ack.Seq, ack.Duplicate, err
+	if err != nil || !ack.Duplicate {
+		return ack.Seq, false, err
+	}
+	last, at, err := b.LastEvent(ctx, e.Site, e.Edge)
+	switch {
+	case err != nil:
+		return 0, true, fmt.Errorf("%w: it was called a duplicate: %w", ErrUnknown, err)
+	case last.Epoch != e.Epoch || last.Seq != e.Seq || last.Tag != e.Tag:
+		b.log.Error("hub: an event was called a duplicate, but the hub does not have it",
+			"site", e.Site, "kind", e.Kind, "edge", e.Edge, "id", e.ID, "seq", e.Seq)
+		return 0, true, fmt.Errorf("%w: it was called a duplicate of stream sequence %d, which it is not", ErrUnknown, ack.Seq)
+	}
+	return at, true, nil
 }
 
 // PublishReport stores a report in KITCHEN, as PublishEvent stores an event. A report
@@ -83,7 +100,9 @@ const (
 )
 
 func (b *Broker) publish(ctx context.Context, what, stream string, msg *nats.Msg) (pubAck, error) {
-	ack, err := b.publishUntil(ctx, stream, msg)
+	ack, err := b.until(ctx, func(link context.Context) (pubAck, verdict, error) {
+		return b.attempt(ctx, link, stream, msg)
+	})
 	outcome := "stored"
 	switch {
 	case errors.Is(err, ErrRejected):
@@ -100,7 +119,9 @@ func (b *Broker) publish(ctx context.Context, what, stream string, msg *nats.Msg
 	return ack, nil
 }
 
-func (b *Broker) publishUntil(ctx context.Context, stream string, msg *nats.Msg) (pubAck, error) {
+// until repeats attempts until one is stored or refused, or ctx ends, and puts what all
+// of them say into one error.
+func (b *Broker) until(ctx context.Context, attempt func(link context.Context) (pubAck, verdict, error)) (pubAck, error) {
 	unknown := false  // an attempt may have been stored: only the hub's yes can still settle it
 	answered := false // the last attempt was the hub's to refuse
 	var why error
@@ -112,7 +133,7 @@ func (b *Broker) publishUntil(ctx context.Context, stream string, msg *nats.Msg)
 			}
 			break
 		}
-		ack, v, err := b.attempt(ctx, link, stream, msg)
+		ack, v, err := attempt(link)
 		if v == stored {
 			return ack, nil
 		}
@@ -151,8 +172,7 @@ func (b *Broker) attempt(ctx, link context.Context, stream string, msg *nats.Msg
 		return pubAck{}, missed, fmt.Errorf("no stream answers for %s: %w", msg.Subject, err)
 	case errors.Is(err, nats.ErrMaxPayload):
 		return pubAck{}, refused, fmt.Errorf("larger than the hub takes: %w", err)
-	case errors.Is(err, nats.ErrReconnectBufExceeded), errors.Is(err, nats.ErrConnectionClosed),
-		errors.Is(err, nats.ErrConnectionDraining):
+	case errors.Is(err, nats.ErrReconnectBufExceeded), errors.Is(err, nats.ErrConnectionDraining):
 		return pubAck{}, missed, err // it never left
 	case errors.Is(context.Cause(ctx), errDenied):
 		return pubAck{}, refused, errDenied

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -72,115 +73,170 @@ func TestPublishSaysWhenAMessageIsCertainlyNotStored(t *testing.T) {
 	})
 }
 
-func TestPublishWithoutAStreamIsAway(t *testing.T) {
+func TestAnAttemptIsJudgedByItsAnswer(t *testing.T) {
 	t.Parallel()
-	hub := startHub(t, small, t.TempDir())
-	b := connect(t, ConnectConfig{HubConfig: small, Name: "bridge", Embedded: hub})
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	if err := b.PublishReport(ctx, report("store-1", 1)); !errors.Is(err, ErrAway) || errors.Is(err, ErrUnknown) {
-		t.Errorf("error is %v, want ErrAway", err)
+	refusal := func(code int, errCode jetstream.ErrorCode, text string) pubAck {
+		return pubAck{Error: &jetstream.APIError{Code: code, ErrorCode: errCode, Description: text}}
 	}
-	stopped, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := b.PublishReport(stopped, report("store-1", 1)); !errors.Is(err, ErrAway) {
-		t.Errorf("told to stop before it began: %v, want ErrAway", err)
+	p := startProcess(t)
+	b := remote(t, "edge-1", p.hub.ClientURL())
+	msg, err := encodeEvent(event("store-1", 1))
+	if err != nil {
+		t.Fatal(err)
 	}
-}
+	link, err := b.await(deadline(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, v, err := b.attempt(deadline(t), link, streamPOS, msg); v != missed || !errors.Is(err, nats.ErrNoResponders) {
+		t.Errorf("no stream: verdict %v, %v", v, err)
+	}
 
-// answer stands in for a stream, so that acknowledgements can be lost and strange ones
-// given. It returns how many attempts have come.
-func answer(t *testing.T, p *hubProcess, reply func(attempt int) any) func() int {
-	t.Helper()
+	var reply []byte // nil: none
 	nc, err := nats.Connect(p.hub.ClientURL())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(nc.Close)
+	defer nc.Close()
 	var mu sync.Mutex
-	n := 0
-	_, err = nc.Subscribe("pos.>", func(m *nats.Msg) {
+	if _, err = nc.Subscribe("pos.>", func(m *nats.Msg) {
 		mu.Lock()
 		defer mu.Unlock()
-		n++
-		answer := reply(n)
-		if answer == nil {
-			return
+		if reply != nil {
+			_ = m.Respond(reply)
 		}
-		raw, ok := answer.(string)
-		if !ok {
-			b, err := json.Marshal(answer)
-			if err != nil {
-				t.Error(err)
-			}
-			raw = string(b)
-		}
-		if err := m.Respond([]byte(raw)); err != nil {
-			t.Error(err)
-		}
-	})
-	if err != nil {
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if err := nc.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	return func() int {
-		mu.Lock()
-		defer mu.Unlock()
-		return n
+	for _, row := range []struct {
+		name   string
+		answer any // a string is sent as it is; nil: none
+		want   verdict
+	}{
+		{"stored", pubAck{Stream: streamPOS, Seq: 7}, stored},
+		{"stored before", pubAck{Stream: streamPOS, Seq: 7, Duplicate: true}, stored},
+		{"full", refusal(503, 10077, "maximum bytes exceeded"), refused},
+		{"too large", refusal(400, 10054, "message size exceeds maximum allowed"), refused},
+		{"queue full", refusal(429, 10167, "too many requests"), missed},
+		{"election", refusal(503, 10008, "JetStream system temporarily unavailable"), missed},
+		{"an earlier attempt is being stored", refusal(409, 10158, "duplicate message id is in process"), open},
+		{"stored by another stream", pubAck{Stream: "OTHER", Seq: 7}, open},
+		{"stored nowhere", pubAck{Stream: streamPOS}, open},
+		{"nonsense", "no JSON", open},
+		{"none", nil, open},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			ctx := deadline(t)
+			mu.Lock()
+			switch answer := row.answer.(type) {
+			case nil:
+				reply = nil
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, 20*time.Millisecond)
+				defer cancel()
+			case string:
+				reply = []byte(answer)
+			default:
+				var err error
+				if reply, err = json.Marshal(answer); err != nil {
+					t.Fatal(err)
+				}
+			}
+			mu.Unlock()
+			ack, v, err := b.attempt(ctx, link, streamPOS, msg)
+			if v != row.want || (err == nil) != (v == stored) {
+				t.Errorf("verdict %v, %v, want %v", v, err, row.want)
+			}
+			if v == stored && ack.Seq != 7 {
+				t.Errorf("sequence %d, want 7", ack.Seq)
+			}
+		})
+	}
+
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, v, _ := b.attempt(ended, link, streamPOS, msg); v != missed {
+		t.Errorf("told to stop before it began: verdict %v", v)
+	}
+	p.stop()
+	<-link.Done()
+	if _, v, err := b.attempt(deadline(t), link, streamPOS, msg); v != missed {
+		t.Errorf("link lost before it began: verdict %v, %v", v, err)
 	}
 }
 
-func TestPublishOutcomes(t *testing.T) {
+func TestAnOutcomeIsWhatAllAttemptsSay(t *testing.T) {
 	t.Parallel()
-	refusal := func(code int, errCode jetstream.ErrorCode, text string) pubAck {
-		return pubAck{Error: &jetstream.APIError{Code: code, ErrorCode: errCode, Description: text}}
-	}
-	yes := pubAck{Stream: streamPOS, Seq: 7}
-	full := refusal(503, 10077, "maximum bytes exceeded")
+	full := &jetstream.APIError{Code: 503, ErrorCode: 10077}
+	busy := &jetstream.APIError{Code: 429, ErrorCode: 10167}
 	for _, row := range []struct {
-		name    string
-		answers []any // to the attempts, the last to all further ones; nil: none
-		want    error // nil: stored
-		not     error
-		min     int // attempts at least
-		limit   time.Duration
+		name     string
+		attempts []verdict // the last is repeated
+		err      error     // of those that are not stored
+		away     bool      // no connection at all
+		want     error     // nil: stored
+		never    []error
+		tries    int // exactly; 0: until the time is over
 	}{
-		{name: "acknowledged", answers: []any{yes}, min: 1},
-		{name: "refused", answers: []any{full}, want: ErrRejected, not: ErrUnknown, min: 1},
-		{name: "queue full, then stored", answers: []any{refusal(429, 10167, "too many requests"), yes}, min: 2},
-		{name: "queue full for long", answers: []any{refusal(429, 10167, "too many requests")}, want: ErrRejected, not: ErrUnknown, min: 2, limit: 500 * time.Millisecond},
-		{name: "election, then stored", answers: []any{refusal(503, 10008, "temporarily unavailable"), yes}, min: 2},
-		{name: "never answered", answers: []any{nil}, want: ErrUnknown, not: ErrRejected, min: 1, limit: 100 * time.Millisecond},
-		{name: "an earlier attempt is being stored", answers: []any{refusal(409, 10158, "duplicate message id is in process")}, want: ErrUnknown, not: ErrRejected, min: 2, limit: 500 * time.Millisecond},
-		{name: "an earlier attempt was being stored, and is", answers: []any{refusal(409, 10158, "duplicate message id is in process"), pubAck{Stream: streamPOS, Seq: 7, Duplicate: true}}, min: 2},
-		{name: "unknown, then refused: the first may be stored", answers: []any{"no JSON", full}, want: ErrUnknown, not: ErrRejected, min: 2, limit: 500 * time.Millisecond},
-		{name: "unknown, then stored", answers: []any{"no JSON", yes}, min: 2},
-		{name: "acknowledged by another stream", answers: []any{pubAck{Stream: "OTHER", Seq: 1}}, want: ErrUnknown, not: ErrRejected, min: 1, limit: 200 * time.Millisecond},
-		{name: "acknowledged without a sequence", answers: []any{pubAck{Stream: streamPOS}}, want: ErrUnknown, not: ErrRejected, min: 1, limit: 200 * time.Millisecond},
+		{name: "stored", attempts: []verdict{stored}, tries: 1},
+		{name: "missed, then stored", attempts: []verdict{missed, missed, stored}, err: busy, tries: 3},
+		{name: "unknown, then stored", attempts: []verdict{open, stored}, err: busy, tries: 2},
+		{name: "refused", attempts: []verdict{refused}, err: full, want: ErrRejected, never: []error{ErrUnknown, ErrAway}, tries: 1},
+		{name: "missed, then refused", attempts: []verdict{missed, refused}, err: full, want: ErrRejected, never: []error{ErrUnknown, ErrAway}, tries: 2},
+		{name: "missed all along, for a stated reason", attempts: []verdict{missed}, err: busy, want: ErrRejected, never: []error{ErrUnknown, ErrAway}},
+		{name: "missed all along, nobody there", attempts: []verdict{missed}, err: nats.ErrNoResponders, want: ErrAway, never: []error{ErrUnknown}},
+		{name: "unknown all along", attempts: []verdict{open}, err: errLinkDown, want: ErrUnknown, never: []error{ErrRejected, ErrAway}},
+		{name: "unknown, then missed", attempts: []verdict{open, missed}, err: busy, want: ErrUnknown, never: []error{ErrRejected, ErrAway}},
+		{name: "unknown, then refused: the first may be stored", attempts: []verdict{open, refused}, err: full, want: ErrUnknown, never: []error{ErrRejected, ErrAway}},
+		{name: "unknown, then refused, then stored", attempts: []verdict{open, refused, stored}, err: full, tries: 3},
+		{name: "closed", attempts: []verdict{missed}, err: nats.ErrConnectionClosed, want: ErrAway, never: []error{ErrUnknown}, tries: 1},
+		{name: "away", away: true, want: ErrAway, never: []error{ErrUnknown}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			t.Parallel()
-			p := startProcess(t)
-			b := remote(t, "edge-1", p.hub.ClientURL())
-			attempts := answer(t, p, func(n int) any { return row.answers[min(n, len(row.answers))-1] })
-			ctx := deadline(t)
-			if row.limit > 0 {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, row.limit)
+			synctest.Test(t, func(t *testing.T) {
+				m, err := newMetrics(nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b := &Broker{metrics: m, linked: make(chan struct{}), closed: make(chan struct{}), trouble: errLinkDown}
+				if !row.away {
+					b.link = t.Context()
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
-			}
-			seq, _, err := b.PublishEvent(ctx, event("store-1", 1))
-			if row.want == nil && (err != nil || seq != 7) {
-				t.Errorf("%d, %v, want it stored", seq, err)
-			}
-			if row.want != nil && (!errors.Is(err, row.want) || errors.Is(err, row.not)) {
-				t.Errorf("error is %v, want %v", err, row.want)
-			}
-			if n := attempts(); n < row.min {
-				t.Errorf("%d attempts, want %d", n, row.min)
-			}
+				tries := 0
+				ack, err := b.until(ctx, func(context.Context) (pubAck, verdict, error) {
+					v := row.attempts[min(tries, len(row.attempts)-1)]
+					tries++
+					if v == stored {
+						return pubAck{Seq: 7}, v, nil
+					}
+					return pubAck{}, v, row.err
+				})
+				if !errors.Is(err, row.want) {
+					t.Errorf("error is %v, want %v", err, row.want)
+				}
+				for _, never := range row.never {
+					if errors.Is(err, never) {
+						t.Errorf("error is %v, which is also %v", err, never)
+					}
+				}
+				if errors.Is(err, ErrAway) && !errors.Is(err, ErrRejected) {
+					t.Error("away and not rejected: nobody could tell that it is certain")
+				}
+				if err == nil && ack.Seq != 7 {
+					t.Errorf("acknowledgement %+v", ack)
+				}
+				switch {
+				case row.tries > 0 && tries != row.tries:
+					t.Errorf("%d attempts, want %d", tries, row.tries)
+				case row.tries == 0 && !row.away && (tries < 50 || ctx.Err() == nil): // a minute, at most a second apart
+					t.Errorf("gave up after %d attempts", tries)
+				}
+			})
 		})
 	}
 }

@@ -178,6 +178,8 @@ func (b *Broker) FollowReports(ctx context.Context, sites []string, f func(*Repo
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-b.closed:
+			return fmt.Errorf("follow reports: %w", errClosed)
 		case m := <-in:
 			r, err := decodeReport(m.Subject, m.Header, m.Data)
 			if err != nil {

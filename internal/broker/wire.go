@@ -19,7 +19,7 @@ import (
 // is absent, never empty.
 //
 //	event, on pos.<site>.<kind>.<edge>; body: the triple as JSON
-//	  Nats-Msg-Id    <name>.<epoch>:<site>:<Kb-Seq>   transport only: it lets the hub drop a repeat
+//	  Nats-Msg-Id    <name>.<epoch>:<site>:<Kb-Seq>:<first 16 of Kb-Tag>   transport only: it lets the hub drop a repeat
 //	  Kb-Id          id of the message
 //	  Kb-Edge        <name>.<epoch> of the edge; the name is the subject's
 //	  Kb-Seq         sequence of (site, edge, epoch), from 1
@@ -318,7 +318,14 @@ func (f *fields) checkEvent(e *Event) {
 	f.check(hdrFingerprint, string(e.Triple.Fingerprint), visible)
 }
 
-func eventMsgID(edge, epoch, site string, seq uint64) string {
+// eventMsgID ends in a part of the tag. The hub drops what comes under an id that it has
+// seen, whoever sent that: with nothing in the id that others cannot know beforehand, any
+// user of the hub could make it drop another's next event.
+func eventMsgID(e *Event) string {
+	return position(e.Edge, e.Epoch, e.Site, e.Seq) + ":" + e.Tag[:min(len(e.Tag), 16)]
+}
+
+func position(edge, epoch, site string, seq uint64) string {
 	return edge + "." + epoch + ":" + site + ":" + strconv.FormatUint(seq, 10)
 }
 
@@ -329,7 +336,7 @@ func encodeEvent(e *Event) (*nats.Msg, error) {
 		return nil, fmt.Errorf("event: %w: %w", ErrInvalid, f.err)
 	}
 	w := newHeader(14)
-	w.add(hdrMsgID, eventMsgID(e.Edge, e.Epoch, e.Site, e.Seq))
+	w.add(hdrMsgID, eventMsgID(e))
 	w.add(hdrID, e.ID)
 	w.add(hdrEdge, e.Edge+"."+e.Epoch)
 	w.uint(hdrSeq, e.Seq)
@@ -404,7 +411,7 @@ func decodeEvent(subject string, h nats.Header, body []byte, partitions int) (Ev
 	}
 	e.Triple = f.triple(body, fingerprint)
 	f.checkEvent(&e)
-	f.is(hdrMsgID, eventMsgID(e.Edge, e.Epoch, e.Site, e.Seq))
+	f.is(hdrMsgID, eventMsgID(&e))
 	if f.err != nil {
 		return e, fmt.Errorf("event: %w: %w", ErrMalformed, f.err)
 	}
@@ -454,7 +461,7 @@ func (f *fields) checkReport(r *Report) {
 const maxCount = 1<<31 - 1
 
 func reportMsgID(edge, epoch, site string, seq uint64, endpoint string, n int) string {
-	return eventMsgID(edge, epoch, site, seq) + ":" + endpoint + ":" + strconv.Itoa(n)
+	return position(edge, epoch, site, seq) + ":" + endpoint + ":" + strconv.Itoa(n)
 }
 
 // encodeReport makes the message of a report. Error: ErrInvalid.
