@@ -145,7 +145,7 @@ func TestAHubFromHubConfServesBridgeAndEdge(t *testing.T) {
 	}()
 
 	seen := 0
-	err = bridge.ConsumePartition(ctx, bridge.PartitionOf("store-1"), func(context.Context, time.Time) error { return nil }, func(d *broker.Delivery) {
+	err = bridge.ConsumePartition(ctx, bridge.PartitionOf("store-1"), func(context.Context, broker.Takeover) error { return nil }, func(d *broker.Delivery) {
 		if d.Err != nil || d.Event.Seq != uint64(seen+1) {
 			t.Errorf("delivery %+v where event %d was due", d, seen+1)
 		}

@@ -64,17 +64,17 @@ func TestClusterKeepsEveryPromiseWhenALeaderStops(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		err := b.ConsumePartition(ctx, 0, func(ctx context.Context, oldest time.Time) error {
+		err := b.ConsumePartition(ctx, 0, func(ctx context.Context, at Takeover) error {
 			mu.Lock()
 			defer mu.Unlock()
 			takeovers++
 			for len(queue) > 0 {
 				<-queue
 			}
-			if oldest.IsZero() {
+			if at.OldestUnacked.IsZero() {
 				return nil
 			}
-			return b.ReportsSince(ctx, oldest, 0, func(r *Report) error {
+			return b.ReportsSince(ctx, at.OldestUnacked, 0, func(r *Report) error {
 				done[r.Seq] = true
 				return nil
 			})

@@ -191,7 +191,7 @@ type owner struct {
 	t      testing.TB
 	cancel context.CancelFunc
 	done   chan struct{}
-	tell   chan any // time.Time for a take-over, *Delivery for a delivery
+	tell   chan any // Takeover for a take-over, *Delivery for a delivery
 	once   sync.Once
 }
 
@@ -201,8 +201,8 @@ func own(t testing.TB, b *Broker, p int) *owner {
 	o := &owner{t: t, cancel: cancel, done: make(chan struct{}), tell: make(chan any, 10_000)}
 	go func() {
 		defer close(o.done)
-		err := b.ConsumePartition(ctx, p, func(_ context.Context, oldest time.Time) error {
-			o.tell <- oldest
+		err := b.ConsumePartition(ctx, p, func(_ context.Context, at Takeover) error {
+			o.tell <- at
 			return nil
 		}, func(d *Delivery) { o.tell <- d })
 		if err != nil {
@@ -230,11 +230,11 @@ func (o *owner) next() any {
 }
 
 // takeover expects to be told of a take-over, and passes over deliveries before it.
-func (o *owner) takeover() time.Time {
+func (o *owner) takeover() Takeover {
 	o.t.Helper()
 	for {
-		if oldest, ok := o.next().(time.Time); ok {
-			return oldest
+		if at, ok := o.next().(Takeover); ok {
+			return at
 		}
 	}
 }

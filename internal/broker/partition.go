@@ -51,6 +51,16 @@ func (e *takeoverError) Unwrap() error { return e.err }
 // to the next.
 type ownership struct{ over atomic.Bool }
 
+// Takeover is what a new owner of a partition is told before its first event.
+type Takeover struct {
+	// OldestUnacked is when the hub stored the oldest event that is not acknowledged, by
+	// the hub's clock; zero when there is none.
+	OldestUnacked time.Time
+	// Last is the stream's last sequence, read while nobody pulled: an event at or below
+	// it may have been handed to an earlier owner, one above it was handed to nobody.
+	Last uint64
+}
+
 // ConsumePartition owns partition p (0 ≤ p < Partitions) until ctx ends; it then gives
 // the consumer free and returns nil. It hands each event to handle, one at a time, in
 // stream order, from the oldest that was not acknowledged. handle must only enqueue:
@@ -60,16 +70,15 @@ type ownership struct{ over atomic.Bool }
 // out of order (the connection was cut, the consumer or the stream was made anew, a
 // delivery is missing), it takes the partition over: it waits until nobody pulls,
 // frees a pin that a dead client left, resets the consumer to its acknowledgement
-// floor and then calls takeover, with the time that the oldest unacknowledged event
-// was stored, or zero when there is none. takeover must drop everything queued, see
-// attempts under way to their end, and only then read the reports (ReportsSince):
-// every event that is not acknowledged comes again, in order, among them ones that are
-// settled. Deliveries from before cannot be acknowledged any more (ErrStale). When
-// takeover fails, all of this is repeated after a pause. It and handle are never
-// called at the same time.
+// floor and then calls takeover. takeover must drop everything queued, see attempts
+// under way to their end, and only then read the reports (ReportsSince): every event
+// that is not acknowledged comes again, in order, among them ones that are settled.
+// Deliveries from before cannot be acknowledged any more (ErrStale). When takeover
+// fails, all of this is repeated after a pause. It and handle are never called at the
+// same time.
 //
 // As long as another client pulls, the partition is that one's and this call waits.
-func (b *Broker) ConsumePartition(ctx context.Context, p int, takeover func(ctx context.Context, oldestUnacked time.Time) error, handle func(*Delivery)) error {
+func (b *Broker) ConsumePartition(ctx context.Context, p int, takeover func(ctx context.Context, at Takeover) error, handle func(*Delivery)) error {
 	if p < 0 || p >= b.partitions {
 		return fmt.Errorf("consume partition %d: there are %d, from 0", p, b.partitions)
 	}
@@ -98,7 +107,7 @@ func (b *Broker) ConsumePartition(ctx context.Context, p int, takeover func(ctx 
 }
 
 // own takes the partition over and delivers until something ends that: the error, or ctx.
-func (b *Broker) own(ctx context.Context, p int, takeover func(context.Context, time.Time) error, handle func(*Delivery)) (err error) {
+func (b *Broker) own(ctx context.Context, p int, takeover func(context.Context, Takeover) error, handle func(*Delivery)) (err error) {
 	life, end, err := b.session(ctx)
 	if err != nil {
 		return err
@@ -119,14 +128,14 @@ func (b *Broker) own(ctx context.Context, p int, takeover func(context.Context, 
 	b.mu.Unlock()
 
 	name := consumerName(p)
-	oldest, err := b.takeOver(life, p, name)
+	at, err := b.takeOver(life, p, name)
 	if err != nil {
 		return err
 	}
-	if err := takeover(life, oldest); err != nil {
+	if err := takeover(life, at); err != nil {
 		return &takeoverError{takeoverCaller, fmt.Errorf("take-over: %w", err)}
 	}
-	b.log.Info("hub: partition taken over", "partition", p, "oldest_unacked", oldest)
+	b.log.Info("hub: partition taken over", "partition", p, "oldest_unacked", at.OldestUnacked, "last", at.Last)
 
 	// A clean stop frees the pin, so that the next owner need not find out that we are gone.
 	defer func() {
@@ -143,11 +152,11 @@ func (b *Broker) own(ctx context.Context, p int, takeover func(context.Context, 
 }
 
 // takeOver leaves the consumer reset to its acknowledgement floor with nobody pulling
-// from it, and returns when the first event behind the floor was stored.
+// from it.
 //
 // The order matters on a replicated consumer: deliveries under way when a reset is
 // applied make it skip their sequences, so nobody may pull before it.
-func (b *Broker) takeOver(ctx context.Context, p int, name string) (time.Time, error) {
+func (b *Broker) takeOver(ctx context.Context, p int, name string) (at Takeover, err error) {
 	c, err := b.js.Consumer(ctx, streamPOS, name)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
 		// Replicated consumers live in memory, and a hub that lost all its servers at once
@@ -155,13 +164,13 @@ func (b *Broker) takeOver(ctx context.Context, p int, name string) (time.Time, e
 		// of that is done.
 		replicas, rerr := b.replicas(ctx)
 		if rerr != nil {
-			return time.Time{}, rerr
+			return at, rerr
 		}
 		b.log.Warn("hub: consumer missing, made anew", "consumer", name)
 		c, err = b.js.CreateConsumer(ctx, streamPOS, partitionConsumer(p, replicas))
 	}
 	if err != nil {
-		return time.Time{}, fmt.Errorf("consumer %s: %w", name, err)
+		return at, fmt.Errorf("consumer %s: %w", name, err)
 	}
 
 	// A dead client's pulls go with its connection, or expire.
@@ -169,43 +178,49 @@ func (b *Broker) takeOver(ctx context.Context, p int, name string) (time.Time, e
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, 250*time.Millisecond) {
 		info, err := c.Info(ctx)
 		if err != nil {
-			return time.Time{}, fmt.Errorf("consumer %s: %w", name, err)
+			return at, fmt.Errorf("consumer %s: %w", name, err)
 		}
 		if info.NumWaiting == 0 {
 			break
 		}
 		if time.Now().After(deadline) {
-			return time.Time{}, fmt.Errorf("consumer %s: another client is pulling (%d requests wait): stop the other bridge", name, info.NumWaiting)
+			return at, fmt.Errorf("consumer %s: another client is pulling (%d requests wait): stop the other bridge", name, info.NumWaiting)
 		}
 		if !pause(ctx, wait) {
-			return time.Time{}, context.Cause(ctx)
+			return at, context.Cause(ctx)
 		}
 	}
 	if err := b.unpin(ctx, name); err != nil {
-		return time.Time{}, err
+		return at, err
 	}
 	if _, err := b.js.ResetConsumer(ctx, streamPOS, name); err != nil {
-		return time.Time{}, fmt.Errorf("reset consumer %s: %w", name, err)
+		return at, fmt.Errorf("reset consumer %s: %w", name, err)
 	}
 
+	stream, err := b.js.Stream(ctx, streamPOS)
+	if err != nil {
+		return at, fmt.Errorf("stream %s: %w", streamPOS, err)
+	}
+	at.Last = stream.CachedInfo().State.LastSeq
 	for {
 		info, err := c.Info(ctx)
 		if err != nil {
-			return time.Time{}, fmt.Errorf("consumer %s: %w", name, err)
+			return at, fmt.Errorf("consumer %s: %w", name, err)
 		}
 		if info.NumPending == 0 {
-			return time.Time{}, nil
+			return at, nil
 		}
 		m, err := b.askLeader(ctx, streamPOS, info.Config.FilterSubject, info.AckFloor.Stream+1)
 		if err == nil {
-			return m.Stored, nil
+			at.OldestUnacked = m.Stored
+			return at, nil
 		}
 		if !errors.Is(err, ErrNone) {
-			return time.Time{}, fmt.Errorf("oldest event of %s: %w", name, err)
+			return at, fmt.Errorf("oldest event of %s: %w", name, err)
 		}
 		// It has just been removed by age, or the count was not yet up to date: look again.
 		if !pause(ctx, 50*time.Millisecond) {
-			return time.Time{}, context.Cause(ctx)
+			return at, context.Cause(ctx)
 		}
 	}
 }

@@ -17,8 +17,8 @@ func TestPartitionDeliversInStreamOrderFromTheOldestUnacknowledged(t *testing.T)
 	publish(t, b, site, 1, 10)
 
 	first := own(t, b, 2)
-	if oldest := first.takeover(); oldest.IsZero() {
-		t.Error("events wait, and the take-over was told that none does")
+	if at := first.takeover(); at.OldestUnacked.IsZero() || at.Last != 10 {
+		t.Errorf("ten events wait, and the take-over was told %+v", at)
 	}
 	got := first.deliveries(1, 10)
 	for i, d := range got {
@@ -35,8 +35,8 @@ func TestPartitionDeliversInStreamOrderFromTheOldestUnacknowledged(t *testing.T)
 	first.stop()
 
 	second := own(t, b, 2)
-	if oldest := second.takeover(); !oldest.Equal(got[3].Stored) {
-		t.Errorf("oldest unacknowledged was stored %v, take-over was told %v", got[3].Stored, oldest)
+	if at := second.takeover(); !at.OldestUnacked.Equal(got[3].Stored) || at.Last != 10 {
+		t.Errorf("oldest unacknowledged was stored %v, take-over was told %+v", got[3].Stored, at)
 	}
 	again := second.deliveries(4, 10) // settled ones too: the reports say which
 	for _, d := range again {
@@ -48,11 +48,14 @@ func TestPartitionDeliversInStreamOrderFromTheOldestUnacknowledged(t *testing.T)
 	second.stop()
 
 	third := own(t, b, 2)
-	if oldest := third.takeover(); !oldest.IsZero() {
-		t.Errorf("nothing waits, and the take-over was told of %v", oldest)
+	at := third.takeover()
+	if !at.OldestUnacked.IsZero() || at.Last != 10 {
+		t.Errorf("nothing waits, ten were handed out before, and the take-over was told %+v", at)
 	}
 	publish(t, b, site, 11, 11)
-	third.delivery(11)
+	if d := third.delivery(11); d.StreamSeq <= at.Last {
+		t.Errorf("an event stored after the take-over is at %d, the take-over was told of %d", d.StreamSeq, at.Last)
+	}
 }
 
 func TestPartitionIsTakenOverAgain(t *testing.T) {
@@ -226,7 +229,7 @@ func TestPartitionTakesOverAgainWhenTheCallerCannot(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	calls := 0
-	err := b.ConsumePartition(ctx, 0, func(context.Context, time.Time) error {
+	err := b.ConsumePartition(ctx, 0, func(context.Context, Takeover) error {
 		if calls++; calls < 3 {
 			return errors.New("reports unreadable")
 		}
@@ -284,7 +287,7 @@ func TestWhatRunsEndsWhenTheConnectionIsClosed(t *testing.T) {
 	go func() { ended <- f.Run(deadline(t)) }()
 	taken := make(chan struct{}, 10)
 	go func() {
-		ended <- b.ConsumePartition(deadline(t), 0, func(context.Context, time.Time) error {
+		ended <- b.ConsumePartition(deadline(t), 0, func(context.Context, Takeover) error {
 			taken <- struct{}{}
 			return nil
 		}, func(*Delivery) {})

@@ -342,7 +342,7 @@ func (b *bench) everything() []broker.Event {
 	var wg sync.WaitGroup
 	for p := range c.Partitions() {
 		wg.Go(func() {
-			err := c.ConsumePartition(ctx, p, func(context.Context, time.Time) error { return nil }, func(d *broker.Delivery) {
+			err := c.ConsumePartition(ctx, p, func(context.Context, broker.Takeover) error { return nil }, func(d *broker.Delivery) {
 				mu.Lock()
 				defer mu.Unlock()
 				events = append(events, d.Event)

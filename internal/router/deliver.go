@@ -60,8 +60,7 @@ func (r *Router) examine(d *broker.Delivery) cause {
 // deliver attempts until the event's fate is known. False: the tenure ended before.
 func (t *tenure) deliver(e *endpoint, it *item) bool {
 	ev := &it.d.Event
-	before := !it.d.Stored.After(t.owned) // stored before this owner took over
-	var next *form                        // to be posted at once, in place of the last one
+	var next *form // to be posted at once, in place of the last one
 	for {
 		now := time.Now()
 		if !now.Before(it.deadline) {
@@ -116,7 +115,7 @@ func (t *tenure) deliver(e *endpoint, it *item) bool {
 		}
 		o := outcome{
 			status: it.last.status, failure: it.last.failure,
-			earlier: it.attempts > 1 || before,
+			earlier: it.attempts > 1 || it.before,
 			sealed:  f.sealed(),
 		}
 		if o.status == 400 {

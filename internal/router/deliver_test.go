@@ -894,6 +894,120 @@ func TestQuarantine(t *testing.T) {
 	})
 }
 
+// I7: an event that was taken up before and lies at another place of the stream is
+// neither delivered nor reported again, whatever became of the first.
+func TestReplay(t *testing.T) {
+	tests := []struct {
+		name   string
+		answer func(int, *http.Request, []byte) (*http.Response, error)
+		life   time.Duration
+		wait   time.Duration // between the event and its copy
+		want   Reason
+	}{
+		{"of a delivered event", always(200, ""), time.Minute, time.Second, ReasonAccepted},
+		{"of a refused one", always(422, ""), time.Minute, time.Second, ReasonRefused},
+		{"of an expired one", always(503, ""), time.Minute, 2 * time.Minute, ReasonExpired},
+		{"of one in flight", func(int, *http.Request, []byte) (*http.Response, error) {
+			time.Sleep(2 * time.Second)
+			return reply(200, ""), nil
+		}, time.Minute, time.Second, ReasonAccepted},
+		{"of a queued one, which then expires", always(503, ""), time.Minute, time.Second, ReasonExpired},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				keys := testKeys(t, "s1")
+				log, e := newHubLog(), newEdge(keys)
+				k := &diary{answer: tt.answer}
+				r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
+				log.store(e.event(t, "s1", within(tt.life)))
+				first := log.store(e.event(t, "s1", within(tt.life)))
+				time.Sleep(tt.wait)
+				last := log.store(e.event(t, "s1", within(tt.life)))
+				again := log.store(first.Event)
+				waitSettled(t, log)
+				r.end(t)
+				rep := log.reportOn(t, first) // it complains about two
+				if rep == nil || rep.Reason != string(tt.want) || rep.StreamSeq != first.StreamSeq {
+					t.Fatalf("report: %+v", rep)
+				}
+				if log.reportOn(t, last) == nil {
+					t.Error("the event after it has no report")
+				}
+				if letter := log.letterOn(again); letter == nil || letter.Reason != string(ReasonQuarantine) || log.acks(again) != 1 {
+					t.Errorf("the replay: acknowledged %d times, dead letter %+v", log.acks(again), letter)
+				}
+				if n := r.counted(t, "kb_router_quarantined_total", "cause", "replay"); n != 1 {
+					t.Errorf("%v counted", n)
+				}
+				posts := k.seqs()
+				if !slices.IsSorted(posts) {
+					t.Errorf("POSTs %v: the old state of an order came after the new", posts)
+				}
+			})
+		})
+	}
+
+	t.Run("of what an earlier owner reported", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			keys := testKeys(t, "s1")
+			log, e := newHubLog(), newEdge(keys)
+			hub := log.connect()
+			hub.loseAck = func(*broker.Delivery) bool { return true }
+			k := &diary{}
+			r := start(t, hub, keys, map[string]http.RoundTripper{"s1": k})
+			first := log.store(e.event(t, "s1"))
+			time.Sleep(time.Second)
+			r.kill(t)
+			r = start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
+			waitSettled(t, log)
+			again := log.store(first.Event)
+			waitSettled(t, log)
+			r.end(t)
+			if log.letterOn(again) == nil || len(k.all()) != 1 {
+				t.Errorf("%d POSTs, dead letter: %t", len(k.all()), log.letterOn(again) != nil)
+			}
+			if n := r.counted(t, "kb_router_skipped_total", "cause", "reported"); n != 1 {
+				t.Errorf("%v redeliveries of what is reported, want 1", n)
+			}
+		})
+	})
+	t.Run("not: a number in another epoch, of another edge or site", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			keys := testKeys(t, "s1", "s2")
+			log, e := newHubLog(), newEdge(keys)
+			k := &diary{}
+			r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k, "s2": k})
+			log.store(e.event(t, "s1"))
+			log.store(e.event(t, "s2"))
+			for _, change := range []eventOption{func(e *broker.Event) { e.Epoch = "ep2" }, func(e *broker.Event) { e.Edge = "e2" }} {
+				e.seq["s1"] = 0
+				log.store(e.event(t, "s1", change))
+			}
+			waitSettled(t, log)
+			r.end(t)
+			if n := len(k.all()); n != 4 {
+				t.Errorf("%d POSTs of 4 events", n)
+			}
+		})
+	})
+	t.Run("not: what only claims to be another", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			keys := testKeys(t, "s1")
+			log, e := newHubLog(), newEdge(keys)
+			r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": &diary{}})
+			real := e.event(t, "s1")
+			forged := real
+			forged.Tag = "x"
+			log.store(forged)
+			d := log.store(real)
+			waitSettled(t, log)
+			r.end(t)
+			mustReport(t, log, d, stateDelivered, ReasonAccepted)
+		})
+	})
+}
+
 func TestSiteWithoutAKitchen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys := testKeys(t, "s1", "s2")

@@ -30,6 +30,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // hubLog is a hub's memory: it outlives the routers that are run on it.
 type hubLog struct {
+	skew time.Duration // by how much its clock is ahead of the routers'
+
 	mu      sync.Mutex
 	changed chan struct{} // closed at each change, and replaced
 	last    uint64
@@ -42,7 +44,8 @@ type hubLog struct {
 
 type storedReport struct {
 	broker.Report
-	at time.Time
+	at     time.Time // by the routers' clock
+	stored time.Time // by the hub's
 }
 
 func newHubLog() *hubLog {
@@ -59,7 +62,7 @@ func (l *hubLog) store(e broker.Event) *broker.Delivery {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.last++
-	d := &broker.Delivery{Event: e, Site: e.Site, Kind: e.Kind, Edge: e.Edge, StreamSeq: l.last, Stored: time.Now()}
+	d := &broker.Delivery{Event: e, Site: e.Site, Kind: e.Kind, Edge: e.Edge, StreamSeq: l.last, Stored: time.Now().Add(l.skew)}
 	l.events = append(l.events, d)
 	l.touch()
 	return d
@@ -184,13 +187,16 @@ func (h *fakeHub) nextOrder() (o order, ok bool) {
 
 func (h *fakeHub) Partitions() int { return h.partitions }
 
-func (h *fakeHub) ConsumePartition(ctx context.Context, partition int, takeover func(context.Context, time.Time) error, handle func(*broker.Delivery)) error {
+func (h *fakeHub) ConsumePartition(ctx context.Context, partition int, takeover func(context.Context, broker.Takeover) error, handle func(*broker.Delivery)) error {
 	for ctx.Err() == nil && h.dead.Err() == nil {
-		var oldest time.Time
+		var at broker.Takeover
+		h.log.mu.Lock()
+		at.Last = h.log.last
+		h.log.mu.Unlock()
 		if open := h.log.unacked(); len(open) > 0 {
-			oldest = open[0].Stored
+			at.OldestUnacked = open[0].Stored
 		}
-		if err := takeover(ctx, oldest); err != nil {
+		if err := takeover(ctx, at); err != nil {
 			return err
 		}
 		h.mu.Lock()
@@ -254,7 +260,7 @@ func (h *fakeHub) ReportsSince(ctx context.Context, since time.Time, partition i
 	reports := slices.Clone(h.log.reports)
 	h.log.mu.Unlock()
 	for _, r := range reports {
-		if r.at.Before(since) {
+		if r.stored.Before(since) {
 			continue
 		}
 		if err := f(&r.Report); err != nil {
@@ -281,7 +287,7 @@ func (h *fakeHub) PublishReport(ctx context.Context, r *broker.Report) error {
 	id := fmt.Sprintf("report %s.%s:%s:%d:%s:%d", r.Edge, r.Epoch, r.Site, r.Seq, r.Endpoint, r.N)
 	if !h.log.ids[id] {
 		h.log.ids[id] = true
-		h.log.reports = append(h.log.reports, &storedReport{*r, time.Now()})
+		h.log.reports = append(h.log.reports, &storedReport{*r, time.Now(), time.Now().Add(h.log.skew)})
 		h.log.touch()
 	}
 	return nil
@@ -557,8 +563,8 @@ func start(t testing.TB, hub *fakeHub, keys Keys, kitchens map[string]http.Round
 	ctx, cancel := context.WithCancel(context.Background())
 	run := &running{Router: r, hub: hub, stop: cancel, done: make(chan error, 1), logs: logs, reg: reg}
 	go func() { run.done <- r.Run(ctx) }()
-	// What is stored from here on is stored after the take-over, also by a bubble's clock.
-	for first := true; first || r.Ready() != nil; first = false {
+	// What is stored from here on is stored after the take-over.
+	for r.Ready() != nil {
 		time.Sleep(time.Millisecond)
 	}
 	return run

@@ -185,7 +185,7 @@ func TestOnARealHub(t *testing.T) {
 // forgetful loses every acknowledgement, as a kill before it does.
 type forgetful struct{ *broker.Broker }
 
-func (f forgetful) ConsumePartition(ctx context.Context, p int, takeover func(context.Context, time.Time) error, h func(*broker.Delivery)) error {
+func (f forgetful) ConsumePartition(ctx context.Context, p int, takeover func(context.Context, broker.Takeover) error, h func(*broker.Delivery)) error {
 	return f.Broker.ConsumePartition(ctx, p, takeover, func(d *broker.Delivery) {
 		d.AckFunc = nil
 		h(d)

@@ -30,8 +30,9 @@ type tenure struct {
 	// Fixed at birth.
 	p     *partition
 	r     *Router
-	owned time.Time // when it began: an event stored before may have been attempted
-	first bool      // of this process: another owner may have been killed before
+	last  uint64 // stream sequence: an event not above it may have been attempted before
+	first bool   // of this process: another owner may have been killed before
+	past  past
 	begin context.Context
 	stop  context.CancelFunc // ends begin: no further attempt
 	io    context.Context
@@ -42,32 +43,31 @@ type tenure struct {
 	// Guarded by mu.
 	closed    bool
 	lanes     map[string]*lane
-	held      int
+	highest   uint64              // stream sequence; what is not above it is a copy
+	held      map[uint64]struct{} // stream sequences of what is not settled
+	met       met
 	earliest  time.Time // no queued event's deadline is before it; zero: none is queued
-	past      *past     // nil once the consumer is past it
 	inherited map[event]*progress
 	left      map[event]*progress
 }
 
 // lane is one site's events. All of it is guarded by the tenure's mu.
 type lane struct {
-	site    string
-	e       *endpoint // nil: the site has no Kitchen here
-	highest uint64    // stream sequence; what is not above it is a copy
-	queue   []*item   // ascending
-	head    *item     // with the lane's goroutine
-	swept   []*item   // with the sweeper
-	running bool
-	quiet   bool // it has events from before this process was the owner
-	marked  bool // the one of these that may have been in flight was met
+	site     string
+	e        *endpoint // nil: the site has no Kitchen here
+	queue    []*item   // in stream order
+	sweeping int       // events taken out by the sweeper and not settled
+	running  bool
+	quiet    bool // it has events that an earlier owner may have attempted
+	marked   bool // the one of these that may have been in flight was met
 }
 
 // item is one held event. Whoever holds it owns it: the queue, the lane's goroutine or
 // the sweeper.
 type item struct {
-	d     *broker.Delivery
-	past  *past
-	quiet bool // posted no earlier than settle after this process became the owner (I4)
+	d      *broker.Delivery
+	before bool // stored before this owner took over: an earlier one may have attempted it
+	quiet  bool // posted no earlier than settle after this process became the owner (I4)
 	progress
 }
 
@@ -96,10 +96,12 @@ type fate struct {
 	cause  cause // of quarantine
 }
 
-func newTenure(p *partition, past *past, inherited map[event]*progress, owned time.Time) *tenure {
+func newTenure(p *partition, last uint64, first bool, past past, inherited map[event]*progress) *tenure {
 	t := &tenure{
-		p: p, r: p.r, owned: owned, first: p.since.Equal(owned), past: past,
+		p: p, r: p.r, last: last, first: first, past: past,
 		lanes:     make(map[string]*lane),
+		held:      make(map[uint64]struct{}),
+		met:       newMet(),
 		inherited: inherited,
 		left:      make(map[event]*progress),
 	}
@@ -127,13 +129,13 @@ func (t *tenure) end() (left int, carried map[event]*progress) {
 
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.r.metrics.pending.Add(-int64(t.held))
+	t.r.metrics.pending.Add(-int64(len(t.held)))
 	for ev, pr := range t.inherited {
 		if _, ok := t.left[ev]; !ok {
 			t.left[ev] = pr
 		}
 	}
-	return t.held, t.left
+	return len(t.held), t.left
 }
 
 // enqueue takes an event over from the consumer. It never waits.
@@ -152,30 +154,28 @@ func (t *tenure) accept(d *broker.Delivery) bool {
 	if t.closed {
 		return true // the next tenure gets it again
 	}
+	if d.StreamSeq <= t.highest {
+		t.r.metrics.skipped.inc(causeRedelivered)
+		_, held := t.held[d.StreamSeq]
+		return held
+	}
+	t.highest = d.StreamSeq
 	l := t.lanes[d.Site]
 	if l == nil {
 		l = &lane{site: d.Site, e: t.r.endpoints[d.Site]}
 		t.lanes[d.Site] = l
 	}
-	if d.StreamSeq <= l.highest {
-		t.r.metrics.skipped.inc(causeRedelivered)
-		return l.holds(d.StreamSeq)
-	}
-	l.highest = d.StreamSeq
-	if t.past != nil && t.past.behind(d.StreamSeq, d.Stored, t.owned) {
-		t.past = nil
-	}
-	it := &item{d: d, past: t.past, progress: progress{deadline: t.r.deadline(d)}}
-	if !d.Stored.After(t.p.since) {
+	it := &item{d: d, before: d.StreamSeq <= t.last, progress: progress{deadline: t.r.deadline(d)}}
+	if it.before {
 		l.quiet = true
-		if t.first && !l.marked && !t.past.isDone(delivery{eventOf(d).source, endpointName(l.e), 0}, d.Event.Seq) {
+		if t.first && !l.marked && !t.isDone(l, d) {
 			// Of a lane, only this one can have been in flight when its owner was killed.
 			l.marked, it.unknown = true, l.e != nil
 		}
 	}
 	it.quiet = l.quiet
 	l.queue = append(l.queue, it)
-	t.held++
+	t.held[d.StreamSeq] = struct{}{}
 	t.r.metrics.pending.Add(1)
 	if t.earliest.IsZero() || it.deadline.Before(t.earliest) {
 		t.earliest = it.deadline
@@ -185,25 +185,6 @@ func (t *tenure) accept(d *broker.Delivery) bool {
 		t.wg.Go(func() { t.run(l) })
 	}
 	return true
-}
-
-func (l *lane) holds(seq uint64) bool {
-	if l.head != nil && l.head.d.StreamSeq == seq {
-		return true
-	}
-	if slices.ContainsFunc(l.swept, func(it *item) bool { return it.d.StreamSeq == seq }) {
-		return true
-	}
-	_, found := slices.BinarySearchFunc(l.queue, seq, func(it *item, seq uint64) int {
-		switch {
-		case it.d.StreamSeq < seq:
-			return -1
-		case it.d.StreamSeq > seq:
-			return 1
-		}
-		return 0
-	})
-	return found
 }
 
 // deadline is the event's, but no later than its kind allows after the hub stored it.
@@ -238,25 +219,35 @@ func (t *tenure) next(l *lane, settled *item) *item {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if settled != nil {
-		t.held--
-		t.r.metrics.pending.Add(-1)
+		t.release(settled)
 	}
 	if len(l.queue) == 0 || t.closed {
-		l.head, l.running = nil, false
-		if l.e == nil && len(l.swept) == 0 && len(l.queue) == 0 {
-			// Anybody may invent names of sites: nothing of them is kept.
-			delete(t.lanes, l.site)
-		}
+		l.running = false
+		t.discard(l)
 		return nil
 	}
-	l.head = l.queue[0]
+	head := l.queue[0]
 	l.queue[0] = nil
 	if len(l.queue) == 1 {
 		l.queue = l.queue[:0] // the place is used again
 	} else {
 		l.queue = l.queue[1:]
 	}
-	return l.head
+	return head
+}
+
+// release gives up a settled item. The caller holds mu.
+func (t *tenure) release(it *item) {
+	delete(t.held, it.d.StreamSeq)
+	t.r.metrics.pending.Add(-1)
+}
+
+// discard drops the lane of a site without a Kitchen when it is idle: anybody may invent
+// names of sites, and nothing of them is kept. The caller holds mu.
+func (t *tenure) discard(l *lane) {
+	if l.e == nil && !l.running && l.sweeping == 0 && len(l.queue) == 0 {
+		delete(t.lanes, l.site)
+	}
 }
 
 // leave remembers what was done about an event that is not settled.
@@ -296,7 +287,11 @@ func (t *tenure) process(l *lane, it *item, work func() bool) bool {
 		it.fate = &fate{reason: ReasonQuarantine, cause: c}
 		return t.settle(l, it)
 	}
-	if it.past.isDone(delivery{eventOf(it.d).source, endpointName(l.e), 0}, it.d.Event.Seq) {
+	switch done := t.isDone(l, it.d); {
+	case !t.meet(it.d) || done && !it.before:
+		it.fate = &fate{reason: ReasonQuarantine, cause: causeReplay}
+		return t.settle(l, it)
+	case done:
 		t.r.metrics.skipped.inc(causeReported)
 		t.r.ackDelivery(it.d)
 		return true
@@ -306,6 +301,22 @@ func (t *tenure) process(l *lane, it *item, work func() bool) bool {
 		return false
 	}
 	return t.settle(l, it)
+}
+
+// isDone tells whether the report log had the delivery's end when this tenure began.
+func (t *tenure) isDone(l *lane, d *broker.Delivery) bool {
+	ev := eventOf(d)
+	return t.past.isDone(delivery{ev.source, endpointName(l.e), 0}, ev.seq)
+}
+
+// meet tells whether a verified event is taken up for the first time in this tenure.
+// Copies of one stream sequence never come here: the one that was met before lies at
+// another, and is a replay (I7). When the hub has lost data, and an edge sends again,
+// that is another tenure.
+func (t *tenure) meet(d *broker.Delivery) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.met.first(eventOf(d), time.Now())
 }
 
 // fail gives the delivery its end.
@@ -372,7 +383,7 @@ func (t *tenure) due(now time.Time) []dueItem {
 	for _, l := range t.lanes {
 		l.queue = slices.DeleteFunc(l.queue, func(it *item) bool {
 			if !now.Before(it.deadline) {
-				l.swept = append(l.swept, it)
+				l.sweeping++
 				due = append(due, dueItem{l, it})
 				return true
 			}
@@ -389,12 +400,9 @@ func (t *tenure) due(now time.Time) []dueItem {
 func (t *tenure) swept(l *lane, it *item) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	l.swept = slices.DeleteFunc(l.swept, func(other *item) bool { return other == it })
-	t.held--
-	t.r.metrics.pending.Add(-1)
-	if l.e == nil && !l.running && len(l.swept) == 0 && len(l.queue) == 0 {
-		delete(t.lanes, l.site)
-	}
+	l.sweeping--
+	t.release(it)
+	t.discard(l)
 }
 
 // sleep waits until then; false when ctx ended first.

@@ -17,6 +17,7 @@ const (
 	causeUnknownBind cause = "unknown-bind" // tagged with a binding key that is not, or no longer, here
 	causeTag         cause = "tag"          // altered or forged
 	causeReserved    cause = "reserved"     // the kind "expired", which no Kitchen gets
+	causeReplay      cause = "replay"       // an event that was taken up before, at another place of the stream
 
 	// Not looked at.
 	causeReported    cause = "reported"    // the report log has its report
@@ -64,7 +65,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			ReasonConflict, ReasonUndecryptable, ReasonUnknownKey, ReasonRefused, ReasonRedirect, ReasonGone,
 			ReasonCredential, ReasonUnencrypted, ReasonBusy, ReasonThrottled, ReasonKitchenError, ReasonUnexpected,
 			ReasonTimeout, ReasonCut, ReasonRefusedConn, ReasonDNS, ReasonTLS, ReasonNetwork, ReasonKeys),
-		quarantined: newCounter(quarantined, causeMalformed, causeUnknownSite, causeUnknownBind, causeTag, causeReserved),
+		quarantined: newCounter(quarantined, causeMalformed, causeUnknownSite, causeUnknownBind, causeTag, causeReserved, causeReplay),
 		skipped:     newCounter(skipped, causeReported, causeRedelivered),
 		badReports: prometheus.NewCounter(prometheus.CounterOpts{
 			Namespace: "kb", Subsystem: "router", Name: "unverified_reports_total",

@@ -21,7 +21,8 @@ type plan struct {
 	events   []plannedEvent
 	kitchen  []manner // of each request in turn, and from the start again
 	troubles []trouble
-	loseAcks []bool // likewise
+	loseAcks []bool        // likewise
+	skew     time.Duration // of the hub's clock
 }
 
 type plannedEvent struct {
@@ -68,6 +69,7 @@ func drawPlan(t *rapid.T) plan {
 			seq:   rapid.Uint64Range(1, 20).Draw(t, "seq"),
 		})
 	}
+	p.skew = time.Duration(rapid.IntRange(-3, 3).Draw(t, "skew")) * time.Second
 	p.loseAcks = rapid.SliceOfN(rapid.Bool(), 1, 4).Draw(t, "lost acks")
 	return p
 }
@@ -213,6 +215,7 @@ func runPlan(t *testing.T, p plan) []string {
 	sites := []string{"s1", "s2"}
 	keys := testKeys(t, sites...)
 	log := newHubLog()
+	log.skew = p.skew
 	s := &stove{plan: p, settle: time.Second, sites: make(map[string]*burner)}
 	for _, site := range sites {
 		s.sites[site] = &burner{taken: make(map[int]bool), denied: make(map[int]bool)}
@@ -317,7 +320,7 @@ func runPlan(t *testing.T, p plan) []string {
 		if (log.letterOn(d) != nil) != (rep.State == "failed") {
 			wrong = append(wrong, fmt.Sprintf("%s: %d is %s, with a dead letter: %t", d.Site, seq, rep.State, log.letterOn(d) != nil))
 		}
-		if rep.Reason == "expired" && rep.at.Before(time.UnixMilli(d.Event.Deadline)) {
+		if rep.Reason == "expired" && rep.at.Before(r.deadline(d)) {
 			wrong = append(wrong, fmt.Sprintf("%s: %d expired before its deadline", d.Site, seq))
 		}
 	}

@@ -25,8 +25,9 @@ type partition struct {
 	// Owned by takeover and, after the consumer has returned, by Run.
 	carried map[event]*progress
 	// since is when this process became the owner. Whoever was before may have been killed
-	// in the middle of an attempt, whose event is then unacknowledged: a lane that has such
-	// events posts nothing for settle (I4). Set before the first tenure.
+	// in the middle of an attempt, whose event is then unacknowledged and was stored before
+	// the take-over: a lane that has such events posts nothing for settle (I4). Set before
+	// the first tenure.
 	since time.Time
 }
 
@@ -36,22 +37,24 @@ const keepCarried = 72 * time.Hour
 
 // takeover begins a tenure: nothing of the previous one is queued or in flight any more,
 // and what the reports say is done will not be done again.
-func (p *partition) takeover(ctx context.Context, oldest time.Time) error {
+func (p *partition) takeover(ctx context.Context, at broker.Takeover) error {
 	p.end()
+	oldest := at.OldestUnacked
 	past, believed, err := p.r.readPast(ctx, p.n, oldest)
 	if err != nil {
 		return fmt.Errorf("partition %d: reports since %s: %w", p.n, oldest.UTC().Format(time.RFC3339), err)
 	}
-	owned := time.Now()
-	maps.DeleteFunc(p.carried, func(_ event, pr *progress) bool { return owned.Sub(pr.deadline) > keepCarried })
-	if p.since.IsZero() {
-		p.since = owned
+	now := time.Now()
+	maps.DeleteFunc(p.carried, func(_ event, pr *progress) bool { return now.Sub(pr.deadline) > keepCarried })
+	first := p.since.IsZero()
+	if first {
+		p.since = now
 	}
-	t := newTenure(p, past, p.carried, owned)
+	t := newTenure(p, at.Last, first, past, p.carried)
 	p.carried = nil
 	p.tenure.Store(t)
 	t.start()
-	p.r.log.Info("lanes begin", "partition", p.n, "oldest_unacked", oldest, "reports", believed)
+	p.r.log.Info("lanes begin", "partition", p.n, "oldest_unacked", oldest, "last", at.Last, "reports", believed)
 	return nil
 }
 
@@ -80,11 +83,11 @@ func (p *partition) enqueue(d *broker.Delivery) {
 
 // readPast reads what the report log says is done. Reports that do not verify are not
 // believed: the broker cannot make an order disappear by saying that it was delivered.
-func (r *Router) readPast(ctx context.Context, partition int, oldest time.Time) (*past, int, error) {
+func (r *Router) readPast(ctx context.Context, partition int, oldest time.Time) (past, int, error) {
 	if oldest.IsZero() {
 		return nil, 0, nil
 	}
-	past := &past{done: make(map[delivery]runs)}
+	past := make(past)
 	believed := 0
 	err := r.hub.ReportsSince(ctx, oldest, partition, func(rep *broker.Report) error {
 		site := r.keys.Site(rep.Site)
@@ -99,9 +102,7 @@ func (r *Router) readPast(ctx context.Context, partition int, oldest time.Time) 
 			return nil
 		}
 		believed++
-		d := delivery{source{rep.Site, rep.Edge, rep.Epoch}, rep.Endpoint, rep.N}
-		past.done[d] = past.done[d].add(rep.Seq)
-		past.highest = max(past.highest, rep.StreamSeq)
+		past.add(delivery{source{rep.Site, rep.Edge, rep.Epoch}, rep.Endpoint, rep.N}, rep.Seq)
 		if e := r.endpoints[rep.Site]; e != nil && e.name == rep.Endpoint && rep.State == string(stateDelivered) {
 			e.prove()
 		}

@@ -2,11 +2,16 @@ package router
 
 import (
 	"slices"
-	"time"
+	"strings"
 )
 
 // source counts its events from 1: a site's edge in one epoch of its store.
 type source struct{ site, edge, epoch string }
+
+// clone does not keep the message alive that its names were read from.
+func (s source) clone() source {
+	return source{strings.Clone(s.site), strings.Clone(s.edge), strings.Clone(s.epoch)}
+}
 
 // event names one event, wherever the hub keeps it.
 type event struct {
@@ -15,14 +20,9 @@ type event struct {
 }
 
 // past is what a new owner of a partition knows about deliveries made before it: the
-// report log is the set of what is done, and there is no second mechanism.
-//
-// It does not change once it is built. Items keep it alive: when the consumer has passed
-// what was stored before, the owner lets go of it, and the last item takes it along.
-type past struct {
-	done    map[delivery]runs
-	highest uint64 // stream sequence of the last event in it
-}
+// report log is the set of what is done, and there is no second mechanism. It does not
+// change once it is built.
+type past map[delivery]runs
 
 // delivery is a source's event at one endpoint, without the event's number.
 type delivery struct {
@@ -31,19 +31,14 @@ type delivery struct {
 	n        int
 }
 
-func (p *past) isDone(d delivery, seq uint64) bool {
-	return p != nil && p.done[d].has(seq)
-}
+func (p past) isDone(d delivery, seq uint64) bool { return p[d].has(seq) }
 
-// clockTolerance is by how much the hub's clock may be ahead of ours before past is
-// dropped too early.
-const clockTolerance = time.Minute
-
-// behind tells whether an event with this stream sequence, stored then, comes after all
-// that p knows of. Both must say so: sequences start again with a hub's new life, and
-// clocks differ.
-func (p *past) behind(seq uint64, stored, owned time.Time) bool {
-	return seq > p.highest && stored.After(owned.Add(clockTolerance))
+func (p past) add(d delivery, seq uint64) {
+	done, ok := p[d]
+	if !ok {
+		d.source, d.endpoint = d.source.clone(), strings.Clone(d.endpoint)
+	}
+	p[d] = done.add(seq)
 }
 
 // runs is a set of sequences as disjoint ranges in ascending order. Reports come nearly

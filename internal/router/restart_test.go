@@ -85,6 +85,34 @@ func TestKilledBeforeTheReport(t *testing.T) {
 	})
 }
 
+// Who may have attempted an event before is told by the stream's order, not by clocks:
+// the hub's may be ahead of the bridge's, or behind.
+func TestClocksDoNotTellWhoWasFirst(t *testing.T) {
+	for _, skew := range []time.Duration{-5 * time.Second, 0, 5 * time.Second, time.Hour} {
+		t.Run(skew.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				keys := testKeys(t, "s1")
+				log, e := newHubLog(), newEdge(keys)
+				log.skew = skew
+				k := &diary{answer: always(409, "")}
+				inherited := log.store(e.event(t, "s1"))
+				time.Sleep(time.Second)
+				began := time.Now()
+				r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
+				waitSettled(t, log)
+				fresh := log.store(e.event(t, "s1"))
+				waitSettled(t, log)
+				r.end(t)
+				mustReport(t, log, inherited, stateDelivered, ReasonRepeated)
+				mustReport(t, log, fresh, stateFailed, ReasonConflict)
+				if quiet := k.all()[0].at.Sub(began); quiet < time.Second {
+					t.Errorf("posted after %s, though the owner before may have been killed in the middle of an attempt", quiet)
+				}
+			})
+		})
+	}
+}
+
 // Killed between the report and the acknowledgement: the report log knows.
 func TestKilledBeforeTheAcknowledgement(t *testing.T) {
 	for _, status := range []int{200, 422} {
@@ -140,7 +168,7 @@ func TestForgedReportIsNotBelieved(t *testing.T) {
 		moved.Site = "s2"
 		moved.Tag = keys.Site("s2").Binding.Current().TagReport(&moved.Report)
 		moved.Site = "s1"
-		log.reports = append(log.reports, &storedReport{forged, time.Now()}, &storedReport{moved, time.Now()})
+		log.reports = append(log.reports, &storedReport{forged, time.Now(), time.Now()}, &storedReport{moved, time.Now(), time.Now()})
 		k := &diary{}
 		r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
 		waitSettled(t, log)
@@ -263,7 +291,7 @@ func TestTakenOverInTheMiddle(t *testing.T) {
 			p := r.parts[0]
 			p.consuming, p.io = t.Context(), t.Context()
 			takeover := func() {
-				if err := p.takeover(t.Context(), time.Time{}); err != nil {
+				if err := p.takeover(t.Context(), broker.Takeover{}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -418,7 +446,7 @@ var errDeaf = errors.New("no such consumer")
 type deaf struct{ *fakeHub }
 
 func (d *deaf) Partitions() int { return 3 }
-func (d *deaf) ConsumePartition(ctx context.Context, p int, _ func(context.Context, time.Time) error, _ func(*broker.Delivery)) error {
+func (d *deaf) ConsumePartition(ctx context.Context, p int, _ func(context.Context, broker.Takeover) error, _ func(*broker.Delivery)) error {
 	if p == 1 {
 		return errDeaf
 	}
@@ -482,39 +510,5 @@ func TestNoAttemptBeginsAfterAStop(t *testing.T) {
 		if n := len(k.all()); n != 1 || log.acks(d) != 0 {
 			t.Errorf("%d POSTs, acknowledged %d times", n, log.acks(d))
 		}
-	})
-}
-
-// What is known of the past is let go of when the consumer has passed it.
-func TestPastIsReleased(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		keys := testKeys(t, "s1")
-		log, e := newHubLog(), newEdge(keys)
-		hub := log.connect()
-		hub.loseAck = func(d *broker.Delivery) bool { return true }
-		r := start(t, hub, keys, map[string]http.RoundTripper{"s1": &diary{}})
-		for range 5 {
-			log.store(e.event(t, "s1"))
-		}
-		time.Sleep(time.Minute)
-		r.kill(t)
-		r = start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": &diary{}})
-		waitSettled(t, log)
-		past := func() *past {
-			tenure := r.parts[0].tenure.Load()
-			tenure.mu.Lock()
-			defer tenure.mu.Unlock()
-			return tenure.past
-		}
-		if p := past(); p == nil || len(p.done) != 1 {
-			t.Fatalf("past: %+v", p)
-		}
-		time.Sleep(2 * time.Minute)
-		log.store(e.event(t, "s1"))
-		waitSettled(t, log)
-		if p := past(); p != nil {
-			t.Errorf("past is kept: %+v", p)
-		}
-		r.end(t)
 	})
 }

@@ -37,9 +37,8 @@ type Hub interface {
 	// ConsumePartition hands the partition's events to h, in the order of the stream, from
 	// the oldest that was not acknowledged, until ctx ends. It calls takeover before the
 	// first event of each start over, never while h runs; h is not called for an earlier
-	// start after that. oldestUnacked is when the hub stored the first event that h will
-	// get, zero when there is none yet.
-	ConsumePartition(ctx context.Context, partition int, takeover func(ctx context.Context, oldestUnacked time.Time) error, h func(*broker.Delivery)) error
+	// start after that.
+	ConsumePartition(ctx context.Context, partition int, takeover func(ctx context.Context, at broker.Takeover) error, h func(*broker.Delivery)) error
 	// ReportsSince reads the reports on the partition's sites stored since t, up to the
 	// last there was when it was called.
 	ReportsSince(ctx context.Context, t time.Time, partition int, f func(*broker.Report) error) error
