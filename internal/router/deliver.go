@@ -34,6 +34,9 @@ const (
 	alarmStore       = "hub does not store reports or dead letters"
 )
 
+// warnClock has the offset beside it: above zero, the edge's clock is ahead.
+const warnClock = "edge's clock differs from the hub's"
+
 // examine says why an event is none that an edge sent for this site, "" when it is one.
 // Nothing it says may be believed before (I7).
 func (r *Router) examine(d *broker.Delivery) cause {

@@ -434,6 +434,54 @@ func TestDeadlineIsClampedToTheKind(t *testing.T) {
 	}
 }
 
+// What the POS asked for holds by the hub's clock too when the edge's is wrong.
+func TestDeadlineWhenTheEdgesClockIsWrong(t *testing.T) {
+	const life = 30 * time.Second
+	tests := []struct {
+		name  string
+		ahead time.Duration
+		want  time.Duration // after it was stored
+		warns int
+	}{
+		{"right", 0, life, 0},
+		{"a bit ahead", 10 * time.Second, life, 0},
+		{"an hour ahead", time.Hour, life, 1},
+		{"a bit behind: the deadline is as stated", -10 * time.Second, life - 10*time.Second, 0},
+		{"an hour behind, or the event was stored late: it has expired", -time.Hour, 0, 1},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				keys := testKeys(t, "s1")
+				log, e := newHubLog(), newEdge(keys)
+				r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": &diary{answer: always(503, "")}})
+				var all []*broker.Delivery
+				for range 2 {
+					all = append(all, log.store(e.event(t, "s1", within(life), func(ev *broker.Event) {
+						ev.Accepted += tt.ahead.Milliseconds()
+						ev.Deadline += tt.ahead.Milliseconds()
+					})))
+				}
+				waitSettled(t, log)
+				r.end(t)
+				for _, d := range all {
+					rep := mustReport(t, log, d, stateFailed, ReasonExpired)
+					if after := rep.at.Sub(d.Stored); after < tt.want-time.Millisecond || after > tt.want+time.Second {
+						t.Errorf("expired %s after it was stored, want %s", after, tt.want)
+					}
+				}
+				warned := r.logs.count(slog.LevelWarn, warnClock)
+				if warned != tt.warns {
+					t.Errorf("%d warnings, want %d", warned, tt.warns)
+				}
+				if offset := r.logs.attr(warnClock, "offset"); warned > 0 && offset != tt.ahead.String() {
+					t.Errorf("offset %s, want %s", offset, tt.ahead)
+				}
+			})
+		})
+	}
+}
+
 func TestWaitsBetweenAttempts(t *testing.T) {
 	t.Run("back-off stays within its bounds", func(t *testing.T) {
 		e := &endpoint{router: new(Config{}.withDefaults())}

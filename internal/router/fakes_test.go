@@ -611,10 +611,17 @@ func (b *logBook) alarms() map[string]int {
 	return m
 }
 
-func (b *logBook) has(level slog.Level, message string) bool {
+func (b *logBook) has(level slog.Level, message string) bool { return b.count(level, message) > 0 }
+
+func (b *logBook) count(level slog.Level, message string) (n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return slices.ContainsFunc(b.records, func(r slog.Record) bool { return r.Level == level && r.Message == message })
+	for _, r := range b.records {
+		if r.Level == level && r.Message == message {
+			n++
+		}
+	}
+	return n
 }
 
 // attr returns an attribute of a message that was logged.

@@ -16,6 +16,10 @@ const (
 	sweepEvery = 250 * time.Millisecond
 	// sweepers bounds how many expired events of a partition are settled at once.
 	sweepers = 8
+	// clockTolerance is how far an edge's clock may be from the hub's without a warning.
+	clockTolerance = time.Minute
+	// mostClockWarnings is for how many edges it is said in a minute.
+	mostClockWarnings = 100
 )
 
 // tenure is the time between two take-overs of a partition, and the events held in it:
@@ -187,14 +191,29 @@ func (t *tenure) accept(d *broker.Delivery) bool {
 	return true
 }
 
-// deadline is the event's, but no later than its kind allows after the hub stored it.
+// deadline is the event's, but no later after the hub stored it than the edge gave it
+// from when it accepted it, and than its kind allows: an edge whose clock is ahead would
+// turn off what the POS asked for.
 func (r *Router) deadline(d *broker.Delivery) time.Time {
 	latest := d.Stored.Add(r.cfg.maxDeadline(d.Kind))
 	if d.Err != nil {
 		return latest // it will be quarantined; what it says of itself means nothing
 	}
-	return time.UnixMilli(min(d.Event.Deadline, latest.UnixMilli()))
+	ev := &d.Event
+	return time.UnixMilli(min(ev.Deadline, d.Stored.UnixMilli()+(ev.Deadline-ev.Accepted), latest.UnixMilli()))
 }
+
+// watchClock says when an edge's clock is not the hub's, which deadlines are told in. An
+// edge that was cut off stores late what it accepted in time, and shows alike.
+func (r *Router) watchClock(d *broker.Delivery) {
+	ev := &d.Event
+	offset := time.UnixMilli(ev.Accepted).Sub(d.Stored)
+	if offset.Abs() > clockTolerance && r.clocks.take(edgeName{ev.Site, ev.Edge}, time.Now()) {
+		r.log.Warn(warnClock, "site", ev.Site, "edge", ev.Edge, "offset", offset.Round(time.Millisecond))
+	}
+}
+
+type edgeName struct{ site, edge string }
 
 // run works the lane off.
 func (t *tenure) run(l *lane) {
@@ -287,6 +306,7 @@ func (t *tenure) process(l *lane, it *item, work func() bool) bool {
 		it.fate = &fate{reason: ReasonQuarantine, cause: c}
 		return t.settle(l, it)
 	}
+	t.r.watchClock(it.d)
 	switch done := t.isDone(l, it.d); {
 	case !t.meet(it.d) || done && !it.before:
 		it.fate = &fate{reason: ReasonQuarantine, cause: causeReplay}

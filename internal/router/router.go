@@ -74,6 +74,7 @@ type Router struct {
 	storeLog      rate.Sometimes
 	refusedLog    rate.Sometimes
 	reportLog     rate.Sometimes
+	clocks        quota[edgeName] // warnings about clocks
 }
 
 // New checks the settings, all of them, and that every configured site has keys to
@@ -89,6 +90,7 @@ func New(cfg Config, hub Hub, keys Keys) (*Router, error) {
 		storeLog:      rate.Sometimes{First: 1, Interval: time.Minute},
 		refusedLog:    rate.Sometimes{First: 1, Interval: time.Minute},
 		reportLog:     rate.Sometimes{First: 1, Interval: time.Minute},
+		clocks:        quota[edgeName]{each: 1, all: mostClockWarnings},
 	}
 	r.log = r.cfg.Log
 	for _, site := range slices.Sorted(maps.Keys(cfg.Sites)) {

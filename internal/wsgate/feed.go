@@ -78,7 +78,8 @@ func (g *Gate) judge(d *broker.Delivery, now time.Time) (site *keysync.Site, rea
 	if e.Site != d.Site || e.Kind != d.Kind || e.Edge != d.Edge {
 		return nil, dropTag, fmt.Errorf("the event is site %s, kind %s, edge %s, and lies under another subject", e.Site, e.Kind, e.Edge)
 	}
-	if now.UnixMilli() >= e.Deadline {
+	// In the hub's time: an edge whose clock is ahead gives its events no longer life.
+	if now.UnixMilli() >= min(e.Deadline, d.Stored.UnixMilli()+(e.Deadline-e.Accepted)) {
 		return nil, dropExpired, nil
 	}
 	if !g.passed.first(lane{e.Site, e.Edge, e.Epoch}, e.Seq, e.Deadline, now.UnixMilli()) {

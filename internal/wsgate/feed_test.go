@@ -74,6 +74,22 @@ func TestWhatIsNotShownIsCountedByReason(t *testing.T) {
 		{name: "expired", reason: dropExpired, make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
 			return []*broker.Delivery{event(t, site, 1, `{}`, func(e *envelope.Event) { e.Deadline = time.Now().UnixMilli() })}
 		}},
+		{name: "expired by the hub's clock, its edge's is ahead", reason: dropExpired, make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
+			d := event(t, site, 1, `{}`, func(e *envelope.Event) {
+				e.Accepted += time.Hour.Milliseconds()
+				e.Deadline = e.Accepted + 30_000
+			})
+			d.Stored = d.Stored.Add(-30 * time.Second)
+			return []*broker.Delivery{d}
+		}},
+		{name: "its edge's clock is ahead, and it is in time", shown: 1, make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
+			d := event(t, site, 1, `{}`, func(e *envelope.Event) {
+				e.Accepted += time.Hour.Milliseconds()
+				e.Deadline = e.Accepted + 30_000
+			})
+			d.Stored = d.Stored.Add(-29 * time.Second)
+			return []*broker.Delivery{d}
+		}},
 		{name: "the reserved kind", make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
 			return []*broker.Delivery{event(t, site, 1, `{}`, func(e *envelope.Event) { e.Kind = "expired" })}
 		}},

@@ -157,7 +157,7 @@ func event(t testing.TB, s *keysync.Site, seq uint64, payload string, change ...
 		c(&e.Event)
 	}
 	e.Bind, e.Tag = s.Binding.Current().ID(), s.Binding.Current().TagEvent(&e.Event)
-	return &broker.Delivery{Event: e, Site: e.Site, Kind: e.Kind, Edge: e.Edge, StreamSeq: seq}
+	return &broker.Delivery{Event: e, Site: e.Site, Kind: e.Kind, Edge: e.Edge, StreamSeq: seq, Stored: now}
 }
 
 // fakeFeed is heard of all the time until it is told to be silent.
