@@ -28,7 +28,7 @@ const (
 	dialTimeout  = 5 * time.Second
 	drainTimeout = 10 * time.Second
 	// apiTimeout bounds one request to JetStream. A lost one is asked again.
-	apiTimeout = 5 * time.Second
+	apiTimeout = 3 * time.Second
 )
 
 var (

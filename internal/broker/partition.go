@@ -169,6 +169,12 @@ func (b *Broker) takeOver(ctx context.Context, p int, name string) (at Takeover,
 		b.log.Warn("hub: consumer missing, made anew", "consumer", name)
 		c, err = b.js.CreateConsumer(ctx, streamPOS, partitionConsumer(p, replicas))
 	}
+	if transient(err) {
+		// The stream may well have a leader. A consumer in memory needs a server that has been
+		// up with it all the time, and the votes of all others that have not.
+		return at, fmt.Errorf("consumer %s has no leader; if that lasts, bring back all of the hub's servers, or delete it with `nats consumer rm %s %s`: it is then made anew: %w",
+			name, streamPOS, name, err)
+	}
 	if err != nil {
 		return at, fmt.Errorf("consumer %s: %w", name, err)
 	}
