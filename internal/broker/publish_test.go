@@ -21,7 +21,7 @@ func TestEventIsStoredOnceHoweverOftenItIsPublished(t *testing.T) {
 		event     uint64
 		seq       uint64
 		duplicate bool
-	}{{1, 1, false}, {2, 2, false}, {1, 1, true}, {2, 2, true}, {3, 3, false}} {
+	}{{1, 1, false}, {1, 1, true}, {2, 2, false}, {2, 2, true}, {2, 2, true}, {3, 3, false}} {
 		seq, duplicate, err := b.PublishEvent(deadline(t), event("store-1", want.event))
 		if err != nil || seq != want.seq || duplicate != want.duplicate {
 			t.Errorf("publish %d: %d, %v, %v, want %+v", i, seq, duplicate, err, want)

@@ -67,7 +67,7 @@ func TestEventOnTheWire(t *testing.T) {
 	want := &nats.Msg{
 		Subject: "pos.store-1.order.edge-1",
 		Header: nats.Header{
-			"Nats-Msg-Id": {"edge-1.e1:store-1:9"}, "Kb-Id": {"id9"}, "Kb-Edge": {"edge-1.e1"}, "Kb-Seq": {"9"}, "Kb-Kind": {"order"},
+			"Nats-Msg-Id": {"edge-1.e1:store-1:9:tag-9"}, "Kb-Id": {"id9"}, "Kb-Edge": {"edge-1.e1"}, "Kb-Seq": {"9"}, "Kb-Kind": {"order"},
 			"Kb-Fingerprint": {"0cc175b9c0f1b6a8"}, "Kb-Order": {"order9"}, "Kb-Accepted": {"1700000000000"}, "Kb-Deadline": {"1700000600000"},
 			"Kb-Via": {"hub"}, "Kb-Bind": {"b1"}, "Kb-Tag": {"tag-9"},
 			"traceparent": {"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
@@ -334,7 +334,7 @@ func TestDeadLetterCarriesTheEventAsItStood(t *testing.T) {
 		Site: "store-1", Kind: "order", StreamSeq: 41, Stored: stored, Subject: "pos.3.store-1.order.edge-1", Body: []byte("as it was"),
 		Header: http.Header{
 			"Kb-Id": {"a", "b"}, "Kb-Tag": {"t"}, "X-Other": {"x"},
-			"Nats-Msg-Id": {"edge-1.e1:store-1:9"}, "Nats-Rollup": {"all"}, "nats-ttl": {"1s"}, "Kb-Dead-Reason": {"forged"},
+			"Nats-Msg-Id": {"edge-1.e1:store-1:9:tag-9"}, "Nats-Rollup": {"all"}, "nats-ttl": {"1s"}, "Kb-Dead-Reason": {"forged"},
 			"Broken\r\nNats-Rollup": {"all"}, "Also": {"a\r\nNats-Rollup: all"},
 		},
 	}}
