@@ -32,6 +32,7 @@ const (
 	alarmQuarantine  = "event quarantined"
 	alarmReport      = "report in the log does not verify"
 	alarmStore       = "hub does not store reports or dead letters"
+	alarmDropped     = "hub refuses dead letters, they are dropped"
 )
 
 // warnClock has the offset beside it: above zero, the edge's clock is ahead.

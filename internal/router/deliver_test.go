@@ -281,6 +281,42 @@ func TestExpiresOnTimeBehindADeadHead(t *testing.T) {
 	})
 }
 
+// I3: events whose end cannot be stored keep no others from theirs.
+func TestExpiresOnTimeBesideAStuckSettle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys := testKeys(t, "s1", "s2")
+		log, e := newHubLog(), newEdge(keys)
+		hub := log.connect()
+		hub.onReport = func(ctx context.Context, r *broker.Report) error {
+			if r.Site == "s1" {
+				<-ctx.Done()
+				return broker.ErrUnknown
+			}
+			return nil
+		}
+		dead := &diary{answer: unheard}
+		r := start(t, hub, keys, map[string]http.RoundTripper{"s1": dead, "s2": dead})
+		for range sweepers / 2 {
+			log.store(e.event(t, "s1", within(10*time.Second)))
+		}
+		var others []*broker.Delivery
+		for range 20 {
+			others = append(others, log.store(e.event(t, "s2", within(20*time.Second))))
+		}
+		time.Sleep(25 * time.Second)
+		for _, d := range others {
+			rep := log.reportOn(t, d)
+			if rep == nil {
+				t.Fatalf("no report on seq %d of the other site", d.Event.Seq)
+			}
+			if late := rep.at.Sub(time.UnixMilli(d.Event.Deadline)); late > time.Second {
+				t.Errorf("seq %d reported %s after its deadline", d.Event.Seq, late)
+			}
+		}
+		r.end(t)
+	})
+}
+
 // I4: a POST begins settle after an unanswered one was cut off, of the same event or the next.
 func TestWaitsAfterAnUnansweredAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -924,7 +960,7 @@ func TestQuarantine(t *testing.T) {
 			full.Store(true)
 			hub.onLetter = func(context.Context, broker.DeadLetter) error {
 				if full.Load() {
-					return broker.ErrRejected
+					return broker.ErrUnknown
 				}
 				return nil
 			}
@@ -939,6 +975,152 @@ func TestQuarantine(t *testing.T) {
 			waitSettled(t, log)
 			r.end(t)
 		})
+	})
+}
+
+// I8: a dead letter that the hub certainly refuses is dropped, alarmed and counted, and the
+// report is stored all the same. It stops neither its Kitchen nor another.
+func TestRefusedDeadLetters(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys := testKeys(t, "s1")
+		log, e := newHubLog(), newEdge(keys)
+		hub := log.connect()
+		var refuse atomic.Bool
+		refuse.Store(true)
+		hub.onLetter = func(context.Context, broker.DeadLetter) error {
+			if refuse.Load() {
+				return fmt.Errorf("%w: maximum bytes exceeded", broker.ErrRejected)
+			}
+			return nil
+		}
+		k := &diary{answer: func(_ int, r *http.Request, _ []byte) (*http.Response, error) {
+			if r.Header.Get("Kb-Seq") == "21" {
+				return reply(200, ""), nil
+			}
+			return reply(422, ""), nil
+		}}
+		r := start(t, hub, keys, map[string]http.RoundTripper{"s1": k})
+		began := time.Now()
+		var bad []*broker.Delivery
+		for range 20 {
+			bad = append(bad, log.store(e.event(t, "s1")))
+		}
+		good := log.store(e.event(t, "s1"))
+		waitSettled(t, log)
+		if took := time.Since(began); took < letterPatience || took > 2*letterPatience {
+			t.Errorf("the lane went on after %s; want a try for %s, once", took, letterPatience)
+		}
+		mustReport(t, log, good, stateDelivered, ReasonAccepted)
+		for _, d := range bad {
+			if rep := log.reportOn(t, d); rep == nil || rep.Reason != string(ReasonRefused) {
+				t.Fatalf("report on seq %d: %+v", d.Event.Seq, rep)
+			}
+		}
+		if n := r.counted(t, "kb_router_dropped_dead_letters_total", "cause", "refused"); n != 20 {
+			t.Errorf("%v counted, want 20", n)
+		}
+		if r.logs.alarms()[alarmDropped] != 1 {
+			t.Errorf("alarms: %v", r.logs.alarms())
+		}
+
+		refuse.Store(false)
+		mustStore := log.store(e.event(t, "s1"))
+		waitSettled(t, log)
+		r.end(t)
+		mustReport(t, log, mustStore, stateFailed, ReasonRefused)
+	})
+}
+
+// A hub that is away, or whose word is missing, refuses nothing: its dead letter waits.
+func TestDeadLettersWaitForTheHub(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		err  error
+	}{{"away", broker.ErrAway}, {"away, which is certain too", errors.Join(broker.ErrRejected, broker.ErrAway)}, {"unknown", broker.ErrUnknown}} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				keys := testKeys(t, "s1")
+				log := newHubLog()
+				hub := log.connect()
+				back := time.Now().Add(10 * time.Minute)
+				hub.onLetter = func(context.Context, broker.DeadLetter) error {
+					if time.Now().Before(back) {
+						return tt.err
+					}
+					return nil
+				}
+				r := start(t, hub, keys, map[string]http.RoundTripper{"s1": &diary{answer: always(422, "")}})
+				d := log.store(newEdge(keys).event(t, "s1"))
+				waitSettled(t, log)
+				r.end(t)
+				mustReport(t, log, d, stateFailed, ReasonRefused)
+			})
+		})
+	}
+	t.Run("and then refuses", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			keys := testKeys(t, "s1")
+			log := newHubLog()
+			hub := log.connect()
+			tries := 0
+			hub.onLetter = func(ctx context.Context, _ broker.DeadLetter) error {
+				if tries++; tries == 1 {
+					<-ctx.Done() // as the broker after an attempt without an answer: only a yes could end it
+					return broker.ErrUnknown
+				}
+				return broker.ErrRejected
+			}
+			r := start(t, hub, keys, map[string]http.RoundTripper{"s1": &diary{answer: always(422, "")}})
+			d := log.store(newEdge(keys).event(t, "s1"))
+			waitSettled(t, log)
+			r.end(t)
+			if rep := log.reportOn(t, d); rep == nil || rep.at.Sub(d.Stored) > 2*(letterTry+letterPatience) {
+				t.Errorf("report: %+v", rep)
+			}
+		})
+	})
+}
+
+// Garbage does not fill DLQ: a sample of it is kept, all of it is acknowledged and counted.
+func TestQuarantineKeepsSamples(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys := testKeys(t, "s1")
+		log, e := newHubLog(), newEdge(keys)
+		r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": &diary{}})
+		for range 100 {
+			log.store(e.event(t, "s1", func(ev *broker.Event) { ev.Bind = "b9" }))
+		}
+		for i := range 1000 { // names that somebody invents
+			ev := e.event(t, "s1")
+			ev.Site = fmt.Sprintf("junk-%d", i)
+			log.store(ev)
+		}
+		waitSettled(t, log)
+		if n := len(log.letters); n != samplesAll {
+			t.Errorf("%d dead letters, want %d", n, samplesAll)
+		}
+		ofSite := 0
+		for _, letter := range log.letters {
+			if letter.Delivery.Site == "s1" {
+				ofSite++
+			}
+		}
+		if ofSite != samplesEach {
+			t.Errorf("%d dead letters of one site, edge and cause, want %d", ofSite, samplesEach)
+		}
+		if n := r.counted(t, "kb_router_quarantined_total", "cause", "unknown-bind"); n != 100 {
+			t.Errorf("%v of 100 counted", n)
+		}
+		if n := r.counted(t, "kb_router_dropped_dead_letters_total", "cause", "sampled"); n != 1100-samplesAll {
+			t.Errorf("%v dropped are counted, want %d", n, 1100-samplesAll)
+		}
+		time.Sleep(time.Minute)
+		later := log.store(e.event(t, "s1", func(ev *broker.Event) { ev.Bind = "b9" }))
+		waitSettled(t, log)
+		r.end(t)
+		if log.letterOn(later) == nil {
+			t.Error("no sample in the next minute")
+		}
 	})
 }
 

@@ -6,16 +6,15 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
 )
 
 const (
 	// sweepEvery is how often queued events are looked at for having expired.
 	sweepEvery = 250 * time.Millisecond
-	// sweepers bounds how many expired events of a partition are settled at once.
-	sweepers = 8
+	// sweepers bounds how many expired events of a partition are settled at once. It is so
+	// many because one that is stuck keeps its place.
+	sweepers = 64
 	// clockTolerance is how far an edge's clock may be from the hub's without a warning.
 	clockTolerance = time.Minute
 	// mostClockWarnings is for how many edges it is said in a minute.
@@ -41,7 +40,7 @@ type tenure struct {
 	stop  context.CancelFunc // ends begin: no further attempt
 	io    context.Context
 	abort context.CancelFunc // ends io: what is in flight is cut
-	wg    sync.WaitGroup     // lanes and the sweeper; added to under mu while not closed
+	wg    sync.WaitGroup     // lanes, added to under mu while not closed; the sweeper, and what it starts
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -62,8 +61,9 @@ type lane struct {
 	queue    []*item   // in stream order
 	sweeping int       // events taken out by the sweeper and not settled
 	running  bool
-	quiet    bool // it has events that an earlier owner may have attempted
-	marked   bool // the one of these that may have been in flight was met
+	quiet    bool      // it has events that an earlier owner may have attempted
+	marked   bool      // the one of these that may have been in flight was met
+	hopeless time.Time // until then the hub is not asked twice to take a dead letter
 }
 
 // item is one held event. Whoever holds it owns it: the queue, the lane's goroutine or
@@ -360,29 +360,29 @@ func (it *item) expire() {
 func (t *tenure) sweep() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
+	places := make(chan struct{}, sweepers)
 	for {
 		select {
 		case <-t.begin.Done():
 			return
 		case <-tick.C:
 		}
-		var g errgroup.Group
-		g.SetLimit(sweepers)
+		// Not waited for: one that cannot be settled must not keep others from their end.
 		for _, due := range t.due(time.Now()) {
-			if t.begin.Err() != nil {
-				break
+			select {
+			case places <- struct{}{}:
+			case <-t.begin.Done():
+				return
 			}
-			g.Go(func() error {
-				settled := t.process(due.l, due.it, func() bool { due.it.expire(); return true })
-				if !settled {
+			t.wg.Go(func() {
+				defer func() { <-places }()
+				if t.process(due.l, due.it, func() bool { due.it.expire(); return true }) {
+					t.swept(due.l, due.it)
+				} else {
 					t.leave(due.it)
-					return nil
 				}
-				t.swept(due.l, due.it)
-				return nil
 			})
 		}
-		_ = g.Wait() // nothing is returned
 	}
 }
 

@@ -24,6 +24,14 @@ const (
 	causeRedelivered cause = "redelivered" // a copy of what the lane holds or has settled
 )
 
+// drop says why an event has no dead letter.
+type drop string
+
+const (
+	dropRefused drop = "refused" // the hub certainly did not take it
+	dropSampled drop = "sampled" // quarantined, and enough like it were kept in the minute
+)
+
 // state is what a report says became of its delivery.
 type state string
 
@@ -39,6 +47,7 @@ type metrics struct {
 	attempts    *counter[Reason]
 	quarantined *counter[cause]
 	skipped     *counter[cause]
+	dropped     *counter[drop]
 	badReports  prometheus.Counter
 	latency     prometheus.Histogram
 	pending     atomic.Int64
@@ -50,8 +59,9 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	}
 	deliveries := vec("deliveries_total", "Deliveries that ended, by the state and reason that were reported.", "state", "reason")
 	attempts := vec("attempts_total", "Attempts to deliver, by what came of them; keys: nothing could be posted with the keys at hand.", "reason")
-	quarantined := vec("quarantined_total", "Events that are not what an edge sent: dead-lettered, not delivered, not reported.", "cause")
+	quarantined := vec("quarantined_total", "Events that are not what an edge sent: not delivered, not reported, a sample dead-lettered.", "cause")
 	skipped := vec("skipped_total", "Copies of events that were acknowledged or dropped without a look.", "cause")
+	dropped := vec("dropped_dead_letters_total", "Dead letters that were not stored; the event itself stays in POS.", "cause")
 	m := &metrics{
 		deliveries: map[state]*counter[Reason]{
 			stateDelivered: newCounter(deliveries.MustCurryWith(prometheus.Labels{"state": string(stateDelivered)}),
@@ -67,6 +77,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			ReasonTimeout, ReasonCut, ReasonRefusedConn, ReasonDNS, ReasonTLS, ReasonNetwork, ReasonKeys),
 		quarantined: newCounter(quarantined, causeMalformed, causeUnknownSite, causeUnknownBind, causeTag, causeReserved, causeReplay),
 		skipped:     newCounter(skipped, causeReported, causeRedelivered),
+		dropped:     newCounter(dropped, dropRefused, dropSampled),
 		badReports: prometheus.NewCounter(prometheus.CounterOpts{
 			Namespace: "kb", Subsystem: "router", Name: "unverified_reports_total",
 			Help: "Reports in the log that did not verify and were not believed.",
@@ -85,7 +96,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		Help: "Events taken from the hub and not acknowledged yet.",
 	}, func() float64 { return float64(m.pending.Load()) })
 	var errs []error
-	for _, c := range []prometheus.Collector{deliveries, attempts, quarantined, skipped, m.badReports, m.latency, pending} {
+	for _, c := range []prometheus.Collector{deliveries, attempts, quarantined, skipped, dropped, m.badReports, m.latency, pending} {
 		errs = append(errs, reg.Register(c))
 	}
 	return m, errors.Join(errs...)

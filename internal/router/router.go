@@ -6,8 +6,8 @@
 // expires is reported within a second, also behind a Kitchen that does not answer (I3);
 // every event that verifies ends as delivered or failed, reported once for each delivery
 // (I2); what does not verify is neither delivered nor reported but quarantined (I7); the
-// hub's event is acknowledged only after the report is stored, and for a failure the
-// dead letter before it (I8); a dead, slow or refusing Kitchen delays its own site only
+// hub's event is acknowledged only after the report is stored, and before it, for a
+// failure, the dead letter, unless the hub certainly refuses that one (I8); a dead, slow or refusing Kitchen delays its own site only
 // (I5), as long as fewer events wait for it than the hub hands out unacknowledged.
 //
 // A delivery is made at least once. It is made again when the bridge is killed between
@@ -74,7 +74,9 @@ type Router struct {
 	storeLog      rate.Sometimes
 	refusedLog    rate.Sometimes
 	reportLog     rate.Sometimes
+	droppedLog    rate.Sometimes
 	clocks        quota[edgeName] // warnings about clocks
+	samples       quota[sample]   // dead letters of quarantined events
 }
 
 // New checks the settings, all of them, and that every configured site has keys to
@@ -90,7 +92,9 @@ func New(cfg Config, hub Hub, keys Keys) (*Router, error) {
 		storeLog:      rate.Sometimes{First: 1, Interval: time.Minute},
 		refusedLog:    rate.Sometimes{First: 1, Interval: time.Minute},
 		reportLog:     rate.Sometimes{First: 1, Interval: time.Minute},
+		droppedLog:    rate.Sometimes{First: 1, Interval: time.Minute},
 		clocks:        quota[edgeName]{each: 1, all: mostClockWarnings},
+		samples:       quota[sample]{each: samplesEach, all: samplesAll},
 	}
 	r.log = r.cfg.Log
 	for _, site := range slices.Sorted(maps.Keys(cfg.Sites)) {

@@ -1,6 +1,7 @@
 package router
 
 import (
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -12,21 +13,40 @@ import (
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 )
 
+const (
+	// letterPatience is how long a dead letter is tried that the hub certainly refuses.
+	// Letters are copies for people: the event itself stays in POS.
+	letterPatience = 3 * time.Second
+	// hopelessFor is how long after that a lane's letters are tried only once each.
+	hopelessFor = time.Minute
+	// letterTry is how long the broker may go on about one: it gives an attempt without an
+	// answer no end of its own, and the hub may refuse the next.
+	letterTry = 10 * time.Second
+
+	// Of quarantined events, so many of one site, edge and cause, and in all, are kept as
+	// dead letters in a minute: garbage must not fill DLQ.
+	samplesEach = 5
+	samplesAll  = 100
+)
+
+// sample is what quarantined events are alike in.
+type sample struct {
+	site, edge string
+	cause      cause
+}
+
 // settle stores what became of the event, and then acknowledges it: for a failure the
 // dead letter, then the report; for a delivery the report; for quarantine the dead letter
-// only, as nobody's word stands for the event (I8). It goes on until the hub has taken
-// both: nothing is posted again because a report could not be stored. False: the tenure
-// ended before; the next one goes on here.
+// only, as nobody's word stands for the event (I8). A dead letter that the hub certainly
+// refuses is dropped, alarmed and counted (I13), so that it stops no Kitchen. With all
+// else it goes on until the hub has taken it: nothing is posted again because a report
+// could not be stored. False: the tenure ended before; the next one goes on here.
 func (t *tenure) settle(l *lane, it *item) bool {
 	if it.settled.IsZero() {
 		it.settled = time.Now()
 	}
 	if it.fate.state != stateDelivered && !it.deadLettered {
-		letter := broker.DeadLetter{
-			Delivery: it.d, Endpoint: endpointName(l.e),
-			Reason: string(it.fate.reason), Attempts: it.attempts, Status: it.last.status,
-		}
-		if !t.store(it, func() error { return t.r.hub.PublishDeadLetter(t.io, letter) }) {
+		if !t.bury(l, it) {
 			return false
 		}
 		it.deadLettered = true
@@ -38,7 +58,7 @@ func (t *tenure) settle(l *lane, it *item) bool {
 				return err
 			}
 			return t.r.hub.PublishReport(t.io, report)
-		}) {
+		}, nil) {
 			return false
 		}
 		it.reported = true
@@ -54,8 +74,63 @@ func (t *tenure) settle(l *lane, it *item) bool {
 	return true
 }
 
-// store tries until the hub has stored it; false when the tenure ended before.
-func (t *tenure) store(it *item, publish func() error) bool {
+// bury stores the dead letter, or drops it: one of too many alike, or one that the hub
+// certainly refuses. False when the tenure ended before.
+func (t *tenure) bury(l *lane, it *item) bool {
+	if c := it.fate.cause; c != "" && !t.r.samples.take(sample{it.d.Site, it.d.Edge, c}, time.Now()) {
+		t.r.metrics.dropped.inc(dropSampled)
+		return true
+	}
+	letter := broker.DeadLetter{
+		Delivery: it.d, Endpoint: endpointName(l.e),
+		Reason: string(it.fate.reason), Attempts: it.attempts, Status: it.last.status,
+	}
+	publish := func() error {
+		ctx, cancel := context.WithTimeout(t.io, letterTry)
+		defer cancel()
+		return t.r.hub.PublishDeadLetter(ctx, letter)
+	}
+	var refused time.Time // since when
+	return t.store(it, publish, func(err error) bool {
+		certain := errors.Is(err, broker.ErrRejected) && !errors.Is(err, broker.ErrAway) || errors.Is(err, broker.ErrInvalid)
+		if !certain {
+			return false
+		}
+		now := time.Now()
+		if refused.IsZero() {
+			refused = now
+		}
+		if now.Sub(refused) < letterPatience && !t.isHopeless(l, now) {
+			return false
+		}
+		t.setHopeless(l, now)
+		t.r.metrics.dropped.inc(dropRefused)
+		t.r.droppedLog.Do(func() { t.r.log.Error(alarmDropped, append(about(it), "reason", it.fate.reason, "err", err)...) })
+		return true
+	})
+}
+
+// isHopeless tells whether a letter of the lane was given up a moment ago.
+func (t *tenure) isHopeless(l *lane, now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return now.Before(l.hopeless)
+}
+
+func (t *tenure) setHopeless(l *lane, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	l.hopeless = now.Add(hopelessFor)
+}
+
+// about is what a log record says of an event.
+func about(it *item) []any {
+	return []any{"site", it.d.Site, "edge", it.d.Edge, "kind", it.d.Kind, "seq", it.d.Event.Seq, "id", it.d.Event.ID}
+}
+
+// store tries until the hub has stored it, or giveUp, unless nil, says of the error that
+// this is enough; false when the tenure ended before.
+func (t *tenure) store(it *item, publish func() error, giveUp func(error) bool) bool {
 	const shortest, longest = 100 * time.Millisecond, 5 * time.Second
 	for wait := shortest; ; wait = min(2*wait, longest) {
 		err := publish()
@@ -65,7 +140,10 @@ func (t *tenure) store(it *item, publish func() error) bool {
 		if t.io.Err() != nil {
 			return false
 		}
-		attrs := []any{"site", it.d.Site, "edge", it.d.Edge, "kind", it.d.Kind, "seq", it.d.Event.Seq, "id", it.d.Event.ID, "err", err}
+		if giveUp != nil && giveUp(err) {
+			return true
+		}
+		attrs := append(about(it), "err", err)
 		if errors.Is(err, broker.ErrAway) || errors.Is(err, broker.ErrUnknown) {
 			t.r.storeLog.Do(func() { t.r.log.Warn("outcome not stored yet; tried again until the hub has it", attrs...) })
 		} else {
