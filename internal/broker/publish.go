@@ -161,6 +161,9 @@ func (b *Broker) until(ctx context.Context, attempt func(link context.Context) (
 func (b *Broker) attempt(ctx, link context.Context, stream string, msg *nats.Msg) (pubAck, verdict, error) {
 	ctx, done := b.asks(ctx, link, msg.Subject, attemptTimeout)
 	defer done()
+	if link.Err() != nil {
+		return pubAck{}, missed, context.Cause(link)
+	}
 	if ctx.Err() != nil {
 		return pubAck{}, missed, context.Cause(ctx)
 	}
