@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -84,13 +83,12 @@ func remote(t testing.TB, name string, urls ...string) *Broker {
 	return connect(t, ConnectConfig{HubConfig: cfg, Name: name})
 }
 
-// server is a hub elsewhere: it can be stopped and started again on its folder and address.
+// hubProcess is a hub elsewhere: it can be stopped and started again on its folder and address.
 type hubProcess struct {
-	t    testing.TB
-	cfg  HubConfig
-	dir  string
-	hub  *Embedded
-	addr string
+	t   testing.TB
+	cfg HubConfig
+	dir string
+	hub *Embedded
 }
 
 func startProcess(t testing.TB) *hubProcess {
@@ -192,7 +190,6 @@ type owner struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 	tell   chan any // Takeover for a take-over, *Delivery for a delivery
-	once   sync.Once
 }
 
 func own(t testing.TB, b *Broker, p int) *owner {

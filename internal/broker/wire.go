@@ -234,10 +234,8 @@ func visible(s string) error {
 
 func oneOf(values ...string) func(string) error {
 	return func(s string) error {
-		for _, v := range values {
-			if s == v {
-				return nil
-			}
+		if slices.Contains(values, s) {
+			return nil
 		}
 		return fmt.Errorf("%.40q is none of %s", s, strings.Join(values, ", "))
 	}
