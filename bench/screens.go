@@ -129,17 +129,20 @@ var alive = []byte("isAlive?")
 
 // watch reads frames until the connection ends.
 func (a *audience) watch(v *viewer, in *bufio.Reader) {
+	var room []byte
 	err := func() error {
 		for {
-			text, err := readFrame(in, v.text)
+			text, err := readFrame(in, room)
 			if err != nil {
 				return err
 			}
+			room = text
 			if bytes.Equal(text, alive) {
 				a.beats.Add(1)
 				continue
 			}
-			v.text = text
+			// A heartbeat that comes now must not be written over the event.
+			v.text, room = text, v.text
 			if err := a.note(v, text); err != nil {
 				return err
 			}

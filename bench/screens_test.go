@@ -129,3 +129,30 @@ func TestCheckOpensWhatTheScreensGot(t *testing.T) {
 		t.Error("another site's order passes")
 	}
 }
+
+func TestAHeartbeatIsCountedAndLeavesTheEventBefore(t *testing.T) {
+	f := testFleet(t, 1)
+	a := newAudience(f)
+	a.now.Store(&broadcast{begun: time.Now(), sent: make([]atomic.Int64, 2)})
+	events, err := a.events(2, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var in bytes.Buffer
+	for _, e := range events {
+		text := e.event.Triple.AppendJSON(nil)
+		in.Write(binary.BigEndian.AppendUint16([]byte{0x81, 126}, uint16(len(text))))
+		in.Write(text)
+		in.WriteString("\x81\x08isAlive?")
+	}
+	v := &viewer{last: -1}
+	a.screens = []*viewer{v}
+	a.closing.Store(true) // the end of the input is no failure
+	a.watch(v, bufio.NewReader(&in))
+	if err := a.check(); err != nil {
+		t.Error(err)
+	}
+	if a.beats.Load() != 2 || a.frames.Load() != 2 {
+		t.Errorf("%d heartbeats and %d frames, want 2 of each", a.beats.Load(), a.frames.Load())
+	}
+}

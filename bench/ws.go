@@ -43,7 +43,7 @@ func wsBenches() []bench {
 		fanout(1, 1000, 20, 1.10),
 		fanout(100, 10, 1000, 1.35),
 		{
-			name: "ws.idle", cold: true, turn: 3 * time.Second, quick: 2 * time.Second,
+			name: "ws.idle", cold: true, turn: 3 * time.Second, quick: time.Second,
 			rows: []row{
 				{name: "ws.idle", key: "rss", unit: kibibytes, budget: budget{kind: valueAtMost, bound: 12},
 					how: fmt.Sprintf("resident memory of the gate's process for one of %d screens that get heartbeats only, as the kernel counts it (its own socket buffers not included)", idleConnections)},
