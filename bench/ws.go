@@ -25,7 +25,7 @@ const (
 func wsBenches() []bench {
 	fanout := func(sites, screens int, rate float64, bound float64) bench {
 		name := fmt.Sprintf("ws.fanout.%dx%d", sites, screens)
-		what := fmt.Sprintf("%d sites with %d screens each, %g events/s in all", sites, screens, rate)
+		what := fmt.Sprintf("sites: %d, screens of each: %d, events in all: %g/s", sites, screens, rate)
 		return bench{
 			name: name, turn: 3 * time.Second, quick: time.Second,
 			rows: []row{
@@ -221,6 +221,7 @@ func openIdle(ctx context.Context, l *lab) (_ *pair, err error) {
 	n := idleConnections
 	if l.quick {
 		n = idleQuick
+		l.warnf("ws.idle: -quick connects %d screens instead of %d", n, idleConnections)
 	}
 	if n > limit-spareFiles-idleWarm {
 		n = limit - spareFiles - idleWarm
