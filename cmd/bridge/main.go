@@ -7,11 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/bridge"
 	"github.com/kitchenbridge/kitchenbridge/internal/cli"
+	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 	"github.com/kitchenbridge/kitchenbridge/pkg/keysync"
 )
 
@@ -53,10 +56,14 @@ later one wins. ` + "`bridge settings`" + ` lists them all, ` + "`bridge check-c
 			}
 			return b.Run(ctx)
 		},
-		Log: func(c *config) cli.LogConfig { return c.Logs },
+		Log:       func(c *config) cli.LogConfig { return c.Logs },
+		ValidName: envelope.ValidName,
 	}
 	os.Exit(cli.Main(program.Command(assets, binding)))
 }
+
+// assetsTimeout is how long a person waits for a hub that does not answer.
+const assetsTimeout = 15 * time.Second
 
 // assets are the sub-commands for a hub that is not embedded.
 func assets(l *cli.Loader[config]) *cobra.Command {
@@ -75,7 +82,13 @@ func assets(l *cli.Loader[config]) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := errors.Join(do(cmd.Context(), hub), closeHub()); err != nil {
+			ctx, cancel := context.WithTimeout(cmd.Context(), assetsTimeout)
+			defer cancel()
+			err = do(ctx, hub)
+			if err != nil && !hub.Connected() {
+				err = fmt.Errorf("hub %s: %s: check hub.urls, hub.user and hub.password_file", strings.Join(c.Hub.URLs, ", "), hub.Status())
+			}
+			if err := errors.Join(err, closeHub()); err != nil {
 				return err
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), done)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/kitchenbridge/kitchenbridge/internal/cli"
 	"github.com/kitchenbridge/kitchenbridge/internal/edge"
+	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 )
 
 // config is the edge's file: the edge's own settings, and how it logs.
@@ -46,7 +47,8 @@ later one wins. ` + "`edge settings`" + ` lists them all, ` + "`edge check-confi
 			}
 			return e.Run(ctx)
 		},
-		Log: func(c *config) cli.LogConfig { return c.Logs },
+		Log:       func(c *config) cli.LogConfig { return c.Logs },
+		ValidName: envelope.ValidName,
 	}
 	os.Exit(cli.Main(program.Command()))
 }

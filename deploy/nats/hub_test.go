@@ -29,9 +29,9 @@ const patience = 20 * time.Second
 
 // Each user's password, and its bcrypt hash as the environment carries it.
 var users = []struct{ name, variable, password, hash string }{
-	{"bridge", "KB_HUB_BRIDGE_PASSWORD", "s3cr3t", `"$2a$04$ovatxLhm4wfWDDyZ/yfhVOHEkqOg4VxcCdap26Cz06ei5M4O/BjBy"`},
-	{"ops", "KB_HUB_OPS_PASSWORD", "s3cr3t", `"$2a$04$ovatxLhm4wfWDDyZ/yfhVOHEkqOg4VxcCdap26Cz06ei5M4O/BjBy"`},
-	{"edge-1", "KB_HUB_EDGE_1_PASSWORD", "s3cr3t", `"$2a$04$ovatxLhm4wfWDDyZ/yfhVOHEkqOg4VxcCdap26Cz06ei5M4O/BjBy"`},
+	{"bridge", "HUB_BRIDGE_PASSWORD", "s3cr3t", `"$2a$04$ovatxLhm4wfWDDyZ/yfhVOHEkqOg4VxcCdap26Cz06ei5M4O/BjBy"`},
+	{"ops", "HUB_OPS_PASSWORD", "s3cr3t", `"$2a$04$ovatxLhm4wfWDDyZ/yfhVOHEkqOg4VxcCdap26Cz06ei5M4O/BjBy"`},
+	{"edge-1", "HUB_EDGE_1_PASSWORD", "s3cr3t", `"$2a$04$ovatxLhm4wfWDDyZ/yfhVOHEkqOg4VxcCdap26Cz06ei5M4O/BjBy"`},
 }
 
 // boot starts the hub as an operator would, in a folder of its own and on a free port.

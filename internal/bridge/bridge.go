@@ -44,7 +44,7 @@ func New(cfg Config) (*Bridge, error) {
 	}
 	var err error
 	b.keys, err = keysync.New(keysync.Config{Portal: cfg.Portal, BindingFile: cfg.BindingFile, Sites: sites, Log: b.log, Metrics: b.metrics})
-	if err != nil {
+	if err := errors.Join(append(below("hub.", cfg.Hub.CheckFiles()), err)...); err != nil {
 		return nil, err
 	}
 	return b, nil
@@ -184,6 +184,8 @@ func (b *Bridge) screens() wsgate.Config {
 
 // Assets are what the sub-commands for a foreign hub need of it.
 type Assets interface {
+	Connected() bool
+	Status() string
 	ApplyAssets(ctx context.Context) error
 	CheckAssets(ctx context.Context) error
 }

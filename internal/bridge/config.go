@@ -107,8 +107,11 @@ func (c Config) Validate() error {
 		s := c.Sites[name]
 		if s.Cipher != (envelope.Settings{}) && s.Cipher.Profile == "" {
 			errs = append(errs, fmt.Errorf("%s.cipher.profile: required beside the other settings of a cipher: a site's cipher replaces the fleet's as a whole", at))
+		} else if s.Cipher.Profile != "" {
+			errs = append(errs, below(at+".cipher.", s.Cipher.Validate())...)
 		} else {
-			errs = append(errs, below(at+".cipher.", c.cipher(name).Validate())...)
+			// Once for the fleet, not once for each of its sites.
+			errs = append(errs, below("cipher.", c.Cipher.Validate())...)
 		}
 		if s.Screens != nil && len(c.Screens.Listen) == 0 {
 			errs = append(errs, fmt.Errorf("%s.screens: screens.listen is empty, so the gate is closed; name an address there, or leave this out", at))

@@ -35,7 +35,7 @@ func TestValidateNamesEveryMistakeByItsPathInTheFile(t *testing.T) {
 	}
 	lines := strings.Split(err.Error(), "\n")
 	for _, want := range []string{
-		"name: ", "admin.listen: ", "hub.listen: ", "portal.url: ", "portal.token_file: ", "binding_file: ", "sites.A: ", "sites.A.cipher.",
+		"name: ", "admin.listen: ", "hub.listen: ", "portal.url: ", "portal.token_file: ", "binding_file: ", "sites.A: ", "cipher.profile: ",
 		"sites.A.kitchen.url: ", "sites.b.cipher.profile: ", "sites.b.kitchen.url: ", "sites.b.screens.authorization: ", "delivery.backoff_min: ", "screens.stale: ",
 	} {
 		found := 0

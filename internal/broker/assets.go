@@ -102,7 +102,6 @@ func streams(partitions, replicas int, maxBytes int64) []jetstream.StreamConfig 
 	keys.RePublish = &jetstream.RePublish{Source: "$KV.keys.>", Destination: "keyupd.>"}
 
 	leases := bucket("leases", "who owns which partition", replicas)
-	leases.Storage = jetstream.MemoryStorage
 	leases.MaxAge = 8 * time.Second
 	leases.Duplicates = leases.MaxAge
 	leases.AllowMsgTTL = true
@@ -332,6 +331,8 @@ func (b *Broker) CheckAssets(ctx context.Context) error {
 			return err
 		})
 		switch {
+		case errors.Is(err, jetstream.ErrConsumerNotFound) && cfg.MemoryStorage:
+			// All servers went down together. ConsumePartition makes it anew.
 		case errors.Is(err, jetstream.ErrConsumerNotFound):
 			missing("consumer " + cfg.Durable)
 		case err != nil:

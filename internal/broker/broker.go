@@ -284,9 +284,6 @@ type asked struct {
 	end     context.CancelCauseFunc
 }
 
-// errDenied: the hub does not let this user publish there, and has not taken it.
-var errDenied = errors.New("this user may not publish there")
-
 // deny ends the requests to a subject: the hub's refusal comes outside of them, and
 // their reply never.
 func (b *Broker) deny(subject string) {
@@ -294,7 +291,7 @@ func (b *Broker) deny(subject string) {
 	defer b.mu.Unlock()
 	for a := range b.asking {
 		if a.subject == subject {
-			a.end(errDenied)
+			a.end(ErrDenied)
 		}
 	}
 }

@@ -13,7 +13,10 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"crypto/tls"
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
+	"io/fs"
+	"os"
 )
 
 // HubConfig is `hub:` in the configuration of both programs.
@@ -122,6 +125,34 @@ const (
 )
 
 var bcryptHash = regexp.MustCompile(`^\$2[abxy]\$\d\d\$[./A-Za-z0-9]{53}$`)
+
+// CheckFiles reports every file that the settings name and that cannot be used, each line
+// beginning with the setting's key. Validate looks at no file.
+func (c HubConfig) CheckFiles() error {
+	var errs []error
+	add := func(key string, err error) { errs = append(errs, fmt.Errorf("%s: %w", key, err)) }
+	for _, f := range []struct{ key, path string }{
+		{"password_file", c.PasswordFile}, {"creds_file", c.CredsFile}, {"cert_file", c.CertFile}, {"key_file", c.KeyFile},
+	} {
+		if f.path == "" {
+			continue
+		}
+		if _, err := os.ReadFile(f.path); err != nil {
+			add(f.key, err)
+		}
+	}
+	if c.CAFile != "" {
+		if _, err := readCertPool(c.CAFile); err != nil {
+			add("ca_file", err)
+		}
+	}
+	if c.CertFile != "" && c.KeyFile != "" {
+		if _, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			add("cert_file", err)
+		}
+	}
+	return errors.Join(errs...)
+}
 
 // Validate reports all mistakes, each with its key. It opens no file.
 func (c HubConfig) Validate() error {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"golang.org/x/time/rate"
 )
 
 // Embedded is a hub in this process: nats-server with JetStream. It runs from
@@ -86,7 +87,7 @@ func startLocked(cfg EmbeddedConfig) (*Embedded, error) {
 	if err != nil {
 		return nil, fmt.Errorf("hub: %w", err)
 	}
-	log := &serverLog{log: cfg.Log}
+	log := &serverLog{log: cfg.Log, refused: rate.Sometimes{First: 10, Interval: time.Minute}}
 	srv.SetLoggerV2(log, false, false, false)
 	srv.Start() // returns with JetStream recovered and the listener open, or logs a fatal error
 	if err := log.fatal(); err == nil && !srv.ReadyForConnections(10*time.Second) {
@@ -262,7 +263,8 @@ func readSecretLine(path string) (string, error) {
 
 // serverLog gives the server's warnings and errors to slog.
 type serverLog struct {
-	log *slog.Logger
+	log     *slog.Logger
+	refused rate.Sometimes
 
 	mu    sync.Mutex
 	first error // Guarded by mu: the first fatal error
@@ -280,8 +282,16 @@ func (l *serverLog) Warnf(format string, v ...any) {
 	l.log.Warn("hub: server warns", "text", fmt.Sprintf(format, v...))
 }
 
+// Errorf takes a failed login for what it is: anyone who reaches the port can cause one,
+// at any rate.
 func (l *serverLog) Errorf(format string, v ...any) {
-	l.log.Error("hub: server error", "text", fmt.Sprintf(format, v...))
+	text := fmt.Sprintf(format, v...)
+	lower := strings.ToLower(text)
+	if strings.Contains(lower, "authentication error") || strings.Contains(lower, "tls handshake error") {
+		l.refused.Do(func() { l.log.Warn("hub: client turned away", "text", text) })
+		return
+	}
+	l.log.Error("hub: server error", "text", text)
 }
 
 // Fatalf keeps the error: a server in a process of ours does not end it.

@@ -290,7 +290,7 @@ func TestEmbeddedHubGrantsEachRoleItsOwn(t *testing.T) {
 
 func TestHubConfGrantsWhatAnEmbeddedHubGrants(t *testing.T) {
 	for _, name := range []string{"BRIDGE", "OPS", "EDGE_1"} {
-		t.Setenv("KB_HUB_"+name+"_PASSWORD", "x")
+		t.Setenv("HUB_"+name+"_PASSWORD", "x")
 	}
 	opts, err := server.ProcessConfigFile("../../deploy/nats/hub.conf")
 	if err != nil {

@@ -13,6 +13,9 @@ var (
 	// ErrAway: the message is certainly not stored, because no attempt reached a hub
 	// that could take it. Every such error is ErrRejected as well.
 	ErrAway = errors.New("hub away")
+	// ErrDenied: the hub does not let this user publish there, and has not taken it. Every
+	// such error is ErrRejected as well.
+	ErrDenied = errors.New("this user of the hub may not publish there")
 	// ErrUnknown: nobody knows whether the message is stored. Publishing it again,
 	// unchanged, within the stream's duplicate window stores it once at most.
 	ErrUnknown = errors.New("not known whether the hub has stored it")

@@ -177,8 +177,8 @@ func (b *Broker) attempt(ctx, link context.Context, stream string, msg *nats.Msg
 		return pubAck{}, refused, fmt.Errorf("larger than the hub takes: %w", err)
 	case errors.Is(err, nats.ErrReconnectBufExceeded), errors.Is(err, nats.ErrConnectionDraining):
 		return pubAck{}, missed, err // it never left
-	case errors.Is(context.Cause(ctx), errDenied):
-		return pubAck{}, refused, errDenied
+	case errors.Is(context.Cause(ctx), ErrDenied):
+		return pubAck{}, refused, ErrDenied
 	case ctx.Err() != nil:
 		return pubAck{}, open, context.Cause(ctx)
 	default:

@@ -39,7 +39,7 @@ func (b *Broker) request(ctx context.Context, subject string, body []byte) (*nat
 		switch {
 		case err == nil:
 			return reply, nil
-		case errors.Is(err, errDenied):
+		case errors.Is(err, ErrDenied):
 			return nil, fmt.Errorf("%w: %s: %w", ErrRejected, subject, err)
 		case errors.Is(err, nats.ErrConnectionClosed):
 			return nil, err

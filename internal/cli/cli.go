@@ -75,6 +75,8 @@ type Program[C any] struct {
 	// Run works until ctx ends, and returns nil when it ended because it was told to.
 	Run func(ctx context.Context, c *C) error
 	Log func(*C) LogConfig
+	// ValidName says whether a name may stand in the settings.
+	ValidName func(string) error
 }
 
 // Loader gives a sub-command the program's settings.
@@ -93,6 +95,9 @@ func (l *Loader[C]) Load() (*C, error) {
 		return nil, err
 	}
 	if err := errors.Join(l.program.Validate(c), l.program.Log(c).Validate()); err != nil {
+		if l.file == "" {
+			err = fmt.Errorf("no file was named with --config; from the environment and flags alone:\n%w", err)
+		}
 		return nil, err
 	}
 	return c, nil
@@ -156,6 +161,9 @@ func (p *Program[C]) Command(more ...func(*Loader[C]) *cobra.Command) *cobra.Com
 		&cobra.Command{Use: "token NAME", Short: "Make a token and print it once, with the lines for the settings", Args: cobra.ExactArgs(1),
 			Long: "Make a random token of 256 bits. The token is printed once and kept nowhere; the settings hold its SHA-256.",
 			RunE: func(cmd *cobra.Command, args []string) error {
+				if err := p.ValidName(args[0]); err != nil {
+					return fmt.Errorf("the name: %w", err)
+				}
 				token, sum := NewToken()
 				fmt.Fprintf(cmd.OutOrStdout(), "token: %s\n\ntokens:\n  - {name: %s, sha256: %s}\n", token, args[0], sum)
 				return nil

@@ -103,6 +103,8 @@ func unavailable(why error) (outcome, *door.Refusal) {
 	case errors.Is(why, errTurn):
 		reason, detail, retry = "hub-slow", "Messages of this site before it took too long.", retryBusy
 	case errors.Is(why, errAway), errors.Is(why, broker.ErrAway):
+	case errors.Is(why, broker.ErrDenied):
+		reason, detail = "hub-forbidden", "This edge may not publish at the hub: its user there must be the edge's own name, in the role of an edge."
 	case errors.Is(why, broker.ErrRejected), errors.Is(why, broker.ErrInvalid):
 		reason, detail = "hub-refused", "The hub refused the message; it may be full."
 	default: // the POS that sent it first has gone

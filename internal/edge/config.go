@@ -348,10 +348,17 @@ func (c Config) checkSites() []error {
 		errs = append(errs, errors.New("sites: at least one site is required"))
 	}
 	doors := make(map[string]door.SiteConfig, len(c.Sites))
+	fleet := false
 	for _, name := range slices.Sorted(maps.Keys(c.Sites)) {
 		s := c.Sites[name]
 		doors[name] = s.SiteConfig
-		errs = append(errs, prefixed("sites."+name+".cipher.", s.Cipher.Validate())...)
+		// The fleet's is judged once, not once for each of its sites.
+		if own := s.Cipher != c.Cipher; own {
+			errs = append(errs, prefixed("sites."+name+".cipher.", s.Cipher.Validate())...)
+		} else if !fleet {
+			fleet = true
+			errs = append(errs, prefixed("cipher.", s.Cipher.Validate())...)
+		}
 		if s.AcceptStatus != http.StatusAccepted && s.AcceptStatus != http.StatusOK {
 			errs = append(errs, fmt.Errorf("sites.%s.accept_status: %d is neither 202 nor 200", name, s.AcceptStatus))
 		}

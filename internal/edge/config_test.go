@@ -54,7 +54,7 @@ func TestValidateNamesEachMistake(t *testing.T) {
 		{name: "no cipher, no fleet default", change: func(c *Config) {
 			c.Cipher = envelope.Settings{}
 			c.Sites = map[string]SiteConfig{"gcm": c.Sites["gcm"]}
-		}, want: []string{"sites.gcm.cipher.profile: "}},
+		}, want: []string{"cipher.profile: "}},
 		{name: "a cipher of its own is not filled up", change: site(func(s *SiteConfig) { s.Cipher.Iterations = 1000 }), want: []string{"sites.gcm.cipher.profile: "}},
 		{name: "the door's own mistakes", change: site(func(s *SiteConfig) { s.Tokens = nil }), want: []string{"sites.gcm.tokens: "}},
 		{name: "status", change: site(func(s *SiteConfig) { s.AcceptStatus = 201 }), want: []string{"sites.gcm.accept_status: 201"}},

@@ -87,7 +87,7 @@ func newEdge(cfg Config, newKeys func(keysync.Config) (keys, error)) (*Edge, err
 	}
 	e := &Edge{cfg: cfg, log: cfg.Log.With("edge", cfg.Name), metrics: newMetrics()}
 
-	var errs []error
+	errs := prefixed("hub.", cfg.Hub.CheckFiles())
 	for i, l := range cfg.Listen {
 		var cert *tls.Certificate
 		if l.TLS.on() {

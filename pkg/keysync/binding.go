@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 )
@@ -238,7 +239,7 @@ func mint(path string, sites []string) (err error) {
 	added := 0
 	for _, s := range sites {
 		if _, has := file.Sites[s]; !has {
-			file.Sites[s] = bindingSite{Lane: newSecret32(), Keys: []bindingKey{{ID: "b1", Key: newSecret32()}}}
+			file.Sites[s] = bindingSite{Lane: newSecret32(), Keys: []bindingKey{{ID: newBindingID(), Key: newSecret32()}}}
 			added++
 		}
 	}
@@ -272,6 +273,10 @@ func syncDir(dir string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
+
+// newBindingID is random, so that two files minted apart cannot pass for one another: an
+// event names its key, and a bridge without it says so.
+func newBindingID() string { return "b-" + strings.ToLower(rand.Text()[:8]) }
 
 func newSecret32() string {
 	var b [32]byte

@@ -109,7 +109,7 @@ func TestNewReportsEveryFileThatIsWrong(t *testing.T) {
 	if err == nil {
 		t.Fatal("made")
 	}
-	for _, want := range []string{"portal.token_file", "0644", "chmod", "portal.ca_file", "no PEM certificate", "binding_file", "does not exist: run `bridge binding mint --file " + cfg.BindingFile + " --site s1,s2`"} {
+	for _, want := range []string{"portal.token_file", "0644", "chmod", "portal.ca_file", "no PEM certificate", "binding_file", "does not exist: on the bridge's machine run `bridge binding mint --file " + cfg.BindingFile + " --site s1,s2`"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q does not say %q", err, want)
 		}
@@ -127,7 +127,7 @@ func TestNewReportsEveryFileThatIsWrong(t *testing.T) {
 	cfg.Portal.TokenFile = file("token4", "tok", 0o440)
 	cfg.BindingFile = mintedFile(t, "s2")
 	cfg.Sites = settingsOf("s1", "s2", "s3")
-	if _, err = New(cfg); err == nil || !strings.Contains(err.Error(), "no binding for s1, s3: run `bridge binding mint --file "+cfg.BindingFile+" --site s1,s3`") {
+	if _, err = New(cfg); err == nil || !strings.Contains(err.Error(), "no binding for s1, s3: on the bridge's machine run `bridge binding mint --file "+cfg.BindingFile+" --site s1,s3`") {
 		t.Errorf("%v, want every missing site and the command", err)
 	}
 	cfg.Sites = settingsOf("s2")

@@ -220,7 +220,7 @@ func bindingsFor(path string, sites []string) (map[string]*envelope.Binding, err
 	if err != nil {
 		what = path + " does not exist"
 	}
-	return nil, fmt.Errorf("binding_file: %s: run `bridge binding mint --file %s --site %s`, and give the same file to every edge and bridge",
+	return nil, fmt.Errorf("binding_file: %s: on the bridge's machine run `bridge binding mint --file %s --site %s`, and copy the same file to every edge and bridge (one minted elsewhere has other keys, and what it tags is quarantined)",
 		what, path, strings.Join(missing, ","))
 }
 
