@@ -25,8 +25,8 @@ check: ## What must hold before a commit: formatting, vet, linters, tidy modules
 	$(STATICCHECK) ./...
 	$(GO) test -run TestImports .
 
-bench: ## Benchmarks of the hot paths, each beside its floor
-	$(GO) test -run '^$$' -bench . -benchmem ./pkg/envelope ./internal/edge ./internal/router
+bench: ## Every budget beside its floor, five turns each; writes docs/perf.md (about 5 minutes, wants a quiet machine)
+	$(GO) run ./bench -write docs/perf.md
 
 fuzz: ## Fuzz every target for FUZZTIME (2m) each
 	@for p in $$($(GO) list ./...); do \
