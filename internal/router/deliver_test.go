@@ -1202,6 +1202,30 @@ func TestReplay(t *testing.T) {
 			}
 		})
 	})
+	t.Run("of one that an earlier owner settled, known by its report alone", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			keys := testKeys(t, "s1")
+			log, e := newHubLog(), newEdge(keys)
+			slow := &diary{answer: func(int, *http.Request, []byte) (*http.Response, error) {
+				time.Sleep(2 * time.Second)
+				return reply(200, ""), nil
+			}}
+			r := start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": slow})
+			first := log.store(e.event(t, "s1"))
+			time.Sleep(time.Second)
+			log.store(e.event(t, "s1")) // the oldest unacknowledged, stored before the first was reported
+			time.Sleep(1500 * time.Millisecond)
+			r.kill(t)
+			k := &diary{}
+			r = start(t, log.connect(), keys, map[string]http.RoundTripper{"s1": k})
+			again := log.store(first.Event)
+			waitSettled(t, log)
+			r.end(t)
+			if log.acks(first) != 1 || log.letterOn(again) == nil || !slices.Equal(k.seqs(), []int{2}) {
+				t.Errorf("first acknowledged %d times, replay with a dead letter: %t, POSTs %v", log.acks(first), log.letterOn(again) != nil, k.seqs())
+			}
+		})
+	})
 	t.Run("not: a number in another epoch, of another edge or site", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			keys := testKeys(t, "s1", "s2")
