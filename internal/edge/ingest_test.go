@@ -269,6 +269,8 @@ func ingestRows(t *testing.T) []ingestRow {
 			problem: map[string]any{"reason": "hub-away", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "5"}, stored: 1},
 		{name: "the hub is full", setup: commits(notStored(fmt.Errorf("publish: %w: maximum bytes exceeded", broker.ErrRejected))), call: plain, status: 503,
 			problem: map[string]any{"reason": "hub-refused", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "5"}, stored: 1},
+		{name: "the hub does not let this edge publish", setup: commits(notStored(fmt.Errorf("publish: %w: %w", broker.ErrRejected, broker.ErrDenied))), call: plain, status: 503,
+			problem: map[string]any{"reason": "hub-forbidden", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "5"}, stored: 1},
 		{name: "messages before it take too long", setup: commits(notStored(errTurn)), call: plain, status: 503,
 			problem: map[string]any{"reason": "hub-slow", "outcome": "not-stored"}, header: map[string]string{"Retry-After": "1"}, stored: 1},
 		{name: "the first attempt was given up before it was stored", setup: commits(notStored(context.Canceled)), call: plain, status: 503,
