@@ -15,7 +15,7 @@
 //
 //	behaviour | relied on by | test
 //	A reset while nobody pulls starts again behind the acknowledgement floor, in stream order, consumer sequences from 1; NumPending counts what will come | broker.takeOver, broker.deliverInOrder | TestResetWhileNobodyPullsDeliversAgainFromTheOldestUnacknowledged
-//	Whatever a reset met, consumer sequences without a gap mean stream order without a gap | broker.deliverInOrder | TestDeliveriesContiguousAfterAnyResetAreInStreamOrder
+//	Whatever a reset met, consumer sequences without a gap mean that no stream sequence is skipped; copies of earlier ones may come between, not marked as redelivered | broker.deliverInOrder, router.accept | TestDeliveriesContiguousAfterAnyResetSkipNothing
 //	An acknowledgement counts for its stream sequence, whichever delivery of it it answers | broker.ErrStale, broker.ack | TestAcknowledgementFromBeforeAResetSettlesTheSameStreamSequence
 //	Unpin lets the next client have messages at once, and the last one's pull ends with 423 | broker.unpin, broker.pullStatus | TestUnpinFreesAPinAtOnce
 //	A pin outlives its client until PinnedTTL | broker.pinnedTTL, broker.takeOver | TestPinOutlivesItsClientUntilItsTimeToLive

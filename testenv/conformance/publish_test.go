@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -314,9 +315,7 @@ func TestRefusedForRoomIsNotStored(t *testing.T) {
 				}
 				holds(t, s, n, n)
 				// Once there is room, the refused message's id is no duplicate.
-				if err := s.Purge(deadline(t)); err != nil {
-					t.Fatal(err)
-				}
+				must(t, func(ctx context.Context) error { return s.Purge(ctx) })
 				if seq := store(t, h.nc, subject, header(hdrMsgID, fmt.Sprint(n+1)), ""); seq != n+1 {
 					t.Errorf("stored at %d once there was room, want %d", seq, n+1)
 				}
@@ -354,9 +353,7 @@ func TestFirstSequenceComesFromTheClockThatMadeTheStream(t *testing.T) {
 				t.Errorf("stored at %d, want %d", seq, want)
 			}
 		}
-		if err := s.Purge(deadline(t)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, func(ctx context.Context) error { return s.Purge(ctx) })
 		if seq := store(t, h.nc, subject, nil, ""); seq != first+3 {
 			t.Errorf("stored at %d after a purge, want %d", seq, first+3)
 		}

@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -13,15 +14,15 @@ import (
 // push makes a consumer as the feed of the screens has one.
 func (h *hub) push(t testing.TB, s jetstream.Stream, inbox string) {
 	t.Helper()
-	_, err := h.js.CreatePushConsumer(deadline(t), name(s), jetstream.ConsumerConfig{
-		Name: "screens", DeliverSubject: inbox,
-		DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: 1,
-		AckPolicy: jetstream.AckNonePolicy, MaxDeliver: 1, MemoryStorage: true, Replicas: 1,
-		FlowControl: true, IdleHeartbeat: 100 * time.Millisecond, InactiveThreshold: 30 * time.Second,
+	must(t, func(ctx context.Context) error {
+		_, err := h.js.CreatePushConsumer(ctx, name(s), jetstream.ConsumerConfig{
+			Name: "screens", DeliverSubject: inbox,
+			DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: 1,
+			AckPolicy: jetstream.AckNonePolicy, MaxDeliver: 1, MemoryStorage: true, Replicas: 1,
+			FlowControl: true, IdleHeartbeat: 100 * time.Millisecond, InactiveThreshold: 30 * time.Second,
+		})
+		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 func TestPushHeartbeatTellsTheLastDelivery(t *testing.T) {

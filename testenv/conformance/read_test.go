@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -36,28 +37,48 @@ func (q query) body(t testing.TB) []byte {
 
 func request(t testing.TB, nc *nats.Conn, subject string, body []byte) *nats.Msg {
 	t.Helper()
-	reply, err := nc.Request(subject, body, patience)
-	if err != nil {
-		t.Fatalf("%s: %v", subject, err)
-	}
+	var reply *nats.Msg
+	eventually(t, "someone answers for "+subject, func() bool {
+		var err error
+		if reply, err = nc.Request(subject, body, patience); err != nil && !errors.Is(err, nats.ErrNoResponders) {
+			t.Fatalf("%s: %v", subject, err)
+		}
+		return err == nil
+	})
 	return reply
 }
 
-// leaders is the sequence of the message that the leader has for a query, and the error's
-// code when it has none.
-func leaders(t testing.TB, nc *nats.Conn, s jetstream.Stream, q query) (seq uint64, code int) {
+// stored is a message as the leader has it.
+type stored struct {
+	Subject string    `json:"subject"`
+	Seq     uint64    `json:"seq"`
+	Header  []byte    `json:"hdrs"`
+	Data    []byte    `json:"data"`
+	Time    time.Time `json:"time"`
+}
+
+// leaders is the message that the leader has for a query, or the error's code.
+func leaders(t testing.TB, nc *nats.Conn, s jetstream.Stream, q query) (stored, int) {
 	t.Helper()
 	var got struct {
 		answer
-		Message struct {
-			Seq uint64 `json:"seq"`
-		} `json:"message"`
+		Message stored `json:"message"`
 	}
 	reply := request(t, nc, leaderGet+name(s), q.body(t))
 	if err := json.Unmarshal(reply.Data, &got); err != nil {
 		t.Fatal(err)
 	}
-	return got.Message.Seq, got.code()
+	return got.Message, got.code()
+}
+
+// message of a sequence, which must be there.
+func message(t testing.TB, nc *nats.Conn, s jetstream.Stream, seq uint64) stored {
+	t.Helper()
+	m, code := leaders(t, nc, s, query{Seq: seq})
+	if code != 0 {
+		t.Fatalf("message %d of %s: error %d", seq, name(s), code)
+	}
+	return m
 }
 
 func TestDirectGetTellsWhereAMessageStandsBehindItsPublishedHeaders(t *testing.T) {
@@ -105,10 +126,7 @@ func TestDirectGetOfABatchTellsEachPredecessorAndItsEnd(t *testing.T) {
 		for i := range 6 { // 1, 3 and 5 are orders
 			store(t, h.nc, r+"."+[]string{"s1.order", "s1.alert"}[i%2]+".e1", nil, "body")
 		}
-		third, err := s.GetMsg(deadline(t), 3)
-		if err != nil {
-			t.Fatal(err)
-		}
+		third := message(t, h.nc, s, 3)
 		orders := r + ".*.*.order.*"
 		for _, row := range []struct {
 			name    string
@@ -174,12 +192,12 @@ func TestDirectGetMayMissWhatIsAcknowledgedOnThreeNodesAndTheLeaderNever(t *test
 				older = true
 			}
 			seq = store(t, h.nc, subject, nil, "")
-			if got, code := leaders(t, reader, s, query{Seq: seq, NextFor: filter}); got != seq {
-				t.Fatalf("the leader does not have %d, which is acknowledged: %d, error %d", seq, got, code)
+			if got, code := leaders(t, reader, s, query{Seq: seq, NextFor: filter}); got.Seq != seq {
+				t.Fatalf("the leader does not have %d, which is acknowledged: %d, error %d", seq, got.Seq, code)
 			}
 			seq = store(t, h.nc, subject, nil, "")
-			if got, code := leaders(t, reader, s, query{LastFor: filter}); got != seq {
-				t.Fatalf("the leader's last is not %d, which is acknowledged: %d, error %d", seq, got, code)
+			if got, code := leaders(t, reader, s, query{LastFor: filter}); got.Seq != seq {
+				t.Fatalf("the leader's last is not %d, which is acknowledged: %d, error %d", seq, got.Seq, code)
 			}
 			return older && none
 		}
@@ -215,8 +233,8 @@ func TestLeaderGetFindsTheFirstAtOrBehindASequence(t *testing.T) {
 			{q: query{LastFor: filter}, seq: 3},
 			{q: query{LastFor: r + ".*.s3.>"}, code: errNoMessage},
 		} {
-			if seq, code := leaders(t, h.nc, s, row.q); seq != row.seq || code != row.code {
-				t.Errorf("%+v: sequence %d, error %d, want %d, %d", row.q, seq, code, row.seq, row.code)
+			if got, code := leaders(t, h.nc, s, row.q); got.Seq != row.seq || code != row.code {
+				t.Errorf("%+v: sequence %d, error %d, want %d, %d", row.q, got.Seq, code, row.seq, row.code)
 			}
 		}
 	})

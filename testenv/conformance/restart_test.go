@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -25,12 +27,9 @@ type acknowledged struct {
 func confirmed(t *testing.T, h *hub, stream string) acknowledged {
 	t.Helper()
 	r := root()
-	s, err := h.js.CreateStream(deadline(t), jetstream.StreamConfig{
+	s := h.create(t, jetstream.StreamConfig{
 		Name: stream, Subjects: []string{r + ".*.*.*"}, Replicas: h.replicas, AllowDirect: true, Discard: jetstream.DiscardNew,
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	for seq := range uint64(30) {
 		id := fmt.Sprint(seq + 1)
 		if got := store(t, h.nc, r+".s1.order.e1", header(hdrMsgID, id), "body "+id); got != seq+1 {
@@ -57,19 +56,20 @@ func (a acknowledged) check(t *testing.T, h *hub) {
 		h.nodes.Leader(a.stream)
 		h.nodes.ConsumerLeader(a.stream, "d")
 	}
-	s, err := h.js.Stream(deadline(t), a.stream)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var s jetstream.Stream
+	must(t, func(ctx context.Context) (err error) {
+		s, err = h.js.Stream(ctx, a.stream)
+		return err
+	})
 	if created := s.CachedInfo().Created; !created.Equal(a.created) {
 		t.Errorf("the stream was created %v, and now says %v", a.created, created)
 	}
 	holds(t, s, a.msgs, a.msgs)
 	for seq := range a.msgs {
 		id := fmt.Sprint(seq + 1)
-		m, err := s.GetMsg(deadline(t), seq+1)
-		if err != nil || m.Header.Get(hdrMsgID) != id || string(m.Data) != "body "+id {
-			t.Errorf("message %s: %+v, %v", id, m, err)
+		m := message(t, h.nc, s, seq+1)
+		if header, err := nats.DecodeHeadersMsg(m.Header); err != nil || header.Get(hdrMsgID) != id || string(m.Data) != "body "+id {
+			t.Errorf("message %s: %s %q", id, m.Header, m.Data)
 		}
 	}
 	if d := publish(t, h.nc, a.root+".s1.order.e1", header(hdrMsgID, "7"), ""); !d.Duplicate || d.Seq != 7 {
@@ -80,10 +80,11 @@ func (a acknowledged) check(t *testing.T, h *hub) {
 		t.Errorf("the next is stored at %d, want %d", next, a.msgs+1)
 	}
 
-	c, err := s.Consumer(deadline(t), "d")
-	if err != nil {
-		t.Fatalf("the consumer: %v", err)
-	}
+	var c jetstream.Consumer
+	must(t, func(ctx context.Context) (err error) {
+		c, err = s.Consumer(ctx, "d")
+		return err
+	})
 	info := consumerInfo(t, c)
 	if info.AckFloor.Stream > a.floor {
 		t.Fatalf("acknowledgement floor at %d, acknowledged is up to %d", info.AckFloor.Stream, a.floor)
@@ -126,7 +127,7 @@ func TestEveryAcknowledgedMessageOutlivesTheServer(t *testing.T) {
 		}
 		wg.Wait()
 		a.check(t, h)
-		remove(t, h, a.stream)
+		h.remove(t, a.stream)
 	})
 }
 
@@ -140,7 +141,7 @@ func TestReplicatedConsumerInMemoryOutlivesItsLeader(t *testing.T) {
 	}
 	a.check(t, h)
 	h.nodes.Restart(leader)
-	remove(t, h, a.stream)
+	h.remove(t, a.stream)
 }
 
 func TestCreationTimeIsTheSameFromEveryLeader(t *testing.T) {
@@ -149,20 +150,9 @@ func TestCreationTimeIsTheSameFromEveryLeader(t *testing.T) {
 	created := s.CachedInfo().Created
 	for range 3 {
 		h.nodes.StepDown(name(s))
-		info, err := s.Info(deadline(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !info.Created.Equal(created) {
+		if info := streamInfo(t, s); !info.Created.Equal(created) {
 			t.Errorf("created %v, and by another leader %v", created, info.Created)
 		}
-	}
-}
-
-func remove(t *testing.T, h *hub, stream string) {
-	t.Helper()
-	if err := h.js.DeleteStream(deadline(t), stream); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -172,17 +162,14 @@ func TestStreamCreatedAnewHasAnotherCreationTimeAndReusesSequences(t *testing.T)
 		cfg := s.CachedInfo().Config
 		c := h.consumer(t, s, nil)
 		before := inOrder(t, pull(t, h.nc, c, pullRequest{Batch: 1, Expires: time.Minute}), 1, 1, 1)
-		remove(t, h, cfg.Name)
+		h.remove(t, cfg.Name)
 
-		anew, err := h.js.CreateStream(deadline(t), cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
+		anew := h.create(t, cfg)
 		if was, is := s.CachedInfo().Created, anew.CachedInfo().Created; !is.After(was) {
 			t.Errorf("created %v, and anew %v", was, is)
 		}
 		holds(t, anew, 0, 0)
-		if _, err := anew.Consumer(deadline(t), "d"); !errors.Is(err, jetstream.ErrConsumerNotFound) {
+		if err := ask(t, func(ctx context.Context) error { _, err := anew.Consumer(ctx, "d"); return err }); !errors.Is(err, jetstream.ErrConsumerNotFound) {
 			t.Errorf("the consumer of the stream before: %v", err)
 		}
 		if seq := store(t, h.nc, cfg.Subjects[0], nil, ""); seq != 1 {

@@ -165,7 +165,8 @@ func clusterHub(t testing.TB) *hub {
 	t.Helper()
 	c := threeNodes()
 	h := &hub{replicas: 3, nodes: c, dial: func(opts ...nats.Option) (*nats.Conn, error) {
-		return nats.Connect(strings.Join(c.URLs(), ","), opts...)
+		// All of a test to the same server, as long as it is there: see known.
+		return nats.Connect(strings.Join(c.URLs(), ","), append(opts, nats.DontRandomize())...)
 	}}
 	h.open(t)
 	return h
@@ -207,25 +208,64 @@ func (h *hub) stream(t testing.TB, cfg jetstream.StreamConfig) jetstream.Stream 
 	t.Helper()
 	cfg.Name = fmt.Sprintf("S%d", serial.Add(1))
 	cfg.Replicas = h.replicas
-	s, err := h.js.CreateStream(deadline(t), cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if err := h.js.DeleteStream(ctx, cfg.Name); err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
-			t.Error(err)
-		}
+	s := h.create(t, cfg)
+	t.Cleanup(func() { h.remove(t, cfg.Name) })
+	// Refused, and so not stored: it is for another stream.
+	h.known(t, strings.ReplaceAll(cfg.Subjects[0], "*", "probe"), header("Nats-Expected-Stream", "NONE"), nil)
+	return s
+}
+
+func (h *hub) create(t testing.TB, cfg jetstream.StreamConfig) (s jetstream.Stream) {
+	t.Helper()
+	must(t, func(ctx context.Context) (err error) {
+		s, err = h.js.CreateStream(ctx, cfg)
+		return err
 	})
 	return s
 }
 
-func deadline(t testing.TB) context.Context {
+// known waits until the server that the tests are connected to knows who answers for a
+// subject. One that another server of a cluster has just made is not known everywhere.
+func (h *hub) known(t testing.TB, subject string, header nats.Header, body []byte) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	t.Cleanup(cancel)
-	return ctx
+	eventually(t, "someone answers for "+subject, func() bool {
+		_, err := h.nc.RequestMsg(&nats.Msg{Subject: subject, Header: header, Data: body}, patience)
+		if err != nil && !errors.Is(err, nats.ErrNoResponders) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+}
+
+func (h *hub) remove(t testing.TB, stream string) {
+	t.Helper()
+	must(t, func(ctx context.Context) error {
+		err := h.js.DeleteStream(ctx, stream)
+		if errors.Is(err, jetstream.ErrStreamNotFound) { // deleted, and the answer got lost
+			return nil
+		}
+		return err
+	})
+}
+
+// ask makes a request to JetStream's API that may be made twice. What has no leader at the
+// moment does not answer, and what has just been restarted may act and not answer.
+func ask(t testing.TB, request func(context.Context) error) (err error) {
+	t.Helper()
+	eventually(t, "an answer", func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), patience/10)
+		defer cancel()
+		err = request(ctx)
+		return !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, nats.ErrNoResponders)
+	})
+	return err
+}
+
+func must(t testing.TB, request func(context.Context) error) {
+	t.Helper()
+	if err := ask(t, request); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // eventually polls, for what no channel tells.

@@ -113,21 +113,19 @@ func TestPermissionsApplyToThePublishedSubject(t *testing.T) {
 		t.Cleanup(nc.Close)
 		return nc
 	}
-	s, err := jetStream(t, dial("admin")).CreateStream(deadline(t), jetstream.StreamConfig{
+	admin := dial("admin")
+	h := &hub{js: jetStream(t, admin)}
+	s := h.create(t, jetstream.StreamConfig{
 		Name: "POS", Subjects: []string{"pos.*.*.*"}, AllowDirect: true,
 		SubjectTransform: &jetstream.SubjectTransformConfig{Source: "pos.*.*.*", Destination: "pos.{{partition(4,1)}}.{{wildcard(1)}}.{{wildcard(2)}}.{{wildcard(3)}}"},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 
 	denied := make(chan error, 100)
 	nc := dial("e1", nats.CustomInboxPrefix("_INBOX_e1"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { denied <- err }))
 	stored := fmt.Sprintf("pos.%d.s1.order.e1", partitionOf("s1", 4))
 	store(t, nc, "pos.s1.order.e1", nil, "")
-	m, err := s.GetMsg(deadline(t), 1)
-	if err != nil || m.Subject != stored {
-		t.Fatalf("stored as %+v, %v, want %s: the stored name needs no permission", m, err, stored)
+	if m := message(t, admin, s, 1); m.Subject != stored {
+		t.Fatalf("stored as %s, want %s: the stored name needs no permission", m.Subject, stored)
 	}
 	// A wildcard asked for by direct get is literal text to the permissions.
 	reply, err := nc.Request("$JS.API.DIRECT.GET.POS.pos.*.s1.*.e1", nil, patience)

@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -231,11 +232,16 @@ func name(s jetstream.Stream) string { return s.CachedInfo().Config.Name }
 // state of a stream, from its leader.
 func state(t testing.TB, s jetstream.Stream) jetstream.StreamState {
 	t.Helper()
-	info, err := s.Info(deadline(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return info.State
+	return streamInfo(t, s).State
+}
+
+func streamInfo(t testing.TB, s jetstream.Stream) (info *jetstream.StreamInfo) {
+	t.Helper()
+	must(t, func(ctx context.Context) (err error) {
+		info, err = s.Info(ctx)
+		return err
+	})
+	return info
 }
 
 // holds checks how many messages a stream has, and the last sequence.
@@ -246,12 +252,12 @@ func holds(t testing.TB, s jetstream.Stream, msgs, lastSeq uint64) {
 	}
 }
 
-func consumerInfo(t testing.TB, c jetstream.Consumer) *jetstream.ConsumerInfo {
+func consumerInfo(t testing.TB, c jetstream.Consumer) (info *jetstream.ConsumerInfo) {
 	t.Helper()
-	info, err := c.Info(deadline(t))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, func(ctx context.Context) (err error) {
+		info, err = c.Info(ctx)
+		return err
+	})
 	return info
 }
 
