@@ -223,7 +223,7 @@ func (b *Broker) linkUp(nc *nats.Conn) { // b.nc may not be set yet
 	if b.link == nil {
 		close(b.linked)
 	} else {
-		b.endLink(errLinkDown)
+		b.dropLink()
 	}
 	b.link, b.endLink = context.WithCancelCause(context.Background())
 	b.trouble = nil
@@ -236,7 +236,7 @@ func (b *Broker) linkDown(err error) {
 	was := b.link != nil
 	b.trouble = cmp.Or(err, errLinkDown)
 	if was {
-		b.endLink(errLinkDown)
+		b.dropLink()
 		b.link, b.endLink = nil, nil
 		b.linked = make(chan struct{})
 	}
@@ -244,6 +244,15 @@ func (b *Broker) linkDown(err error) {
 	if was && !errors.Is(err, errClosed) && !b.closing.Load() {
 		b.metrics.disconnects.Inc()
 		b.log.Warn("hub: disconnected", "err", cmp.Or(err, errLinkDown))
+	}
+}
+
+// dropLink ends the link and the requests on their way over it: all there are, since a
+// request that comes with an older link has been ended by asks. b.mu is held.
+func (b *Broker) dropLink() {
+	b.endLink(errLinkDown)
+	for a := range b.asking {
+		a.end(errLinkDown)
 	}
 }
 
@@ -299,22 +308,29 @@ func (b *Broker) deny(subject string) {
 // asks returns the context of one request: it ends with ctx, with the link, when the
 // hub denies the subject, and after limit; its cause says which.
 func (b *Broker) asks(ctx, link context.Context, subject string, limit time.Duration) (context.Context, func()) {
-	ctx, stopClock := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer within %v", limit))
 	ctx, end := context.WithCancelCause(ctx)
-	unlink := context.AfterFunc(link, func() { end(errLinkDown) })
 	a := &asked{subject, end}
+	clock := time.AfterFunc(limit, func() { end(noAnswer(limit)) })
 	b.mu.Lock()
 	b.asking[a] = struct{}{}
+	gone := b.link != link // who ended it did not find a
 	b.mu.Unlock()
+	if gone {
+		end(errLinkDown)
+	}
 	return ctx, func() {
 		b.mu.Lock()
 		delete(b.asking, a)
 		b.mu.Unlock()
-		unlink()
+		clock.Stop()
 		end(nil)
-		stopClock()
 	}
 }
+
+// noAnswer is the cause of a request that nobody answered for so long.
+type noAnswer time.Duration
+
+func (d noAnswer) Error() string { return "no answer within " + time.Duration(d).String() }
 
 // await returns the link: a context that ends with this connection. It waits until
 // there is one, or until ctx ends.
