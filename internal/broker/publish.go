@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -185,8 +186,8 @@ func (b *Broker) attempt(ctx, link context.Context, stream string, msg *nats.Msg
 		return pubAck{}, open, err
 	}
 
-	var ack pubAck
-	if err := json.Unmarshal(reply.Data, &ack); err != nil {
+	ack, err := readAck(reply.Data)
+	if err != nil {
 		return pubAck{}, open, fmt.Errorf("acknowledgement is not JSON: %w", err)
 	}
 	switch {
@@ -200,4 +201,52 @@ func (b *Broker) attempt(ctx, link context.Context, stream string, msg *nats.Msg
 		return pubAck{}, open, fmt.Errorf("acknowledged by stream %.40q, not %s", ack.Stream, stream)
 	}
 	return ack, stored, nil
+}
+
+// readAck reads an acknowledgement. Nearly all are written in one of two ways, which need
+// no decoder; what is written otherwise is decoded.
+func readAck(data []byte) (pubAck, error) {
+	if ack, ok := usualAck(data); ok {
+		return ack, nil
+	}
+	var ack pubAck
+	err := json.Unmarshal(data, &ack)
+	return ack, err
+}
+
+// usualAck reads {"stream":"POS","seq":7} and {"stream":"POS","seq":7,"duplicate": true},
+// as nats-server writes them, from POS and KITCHEN.
+func usualAck(data []byte) (ack pubAck, ok bool) {
+	rest, ok := bytes.CutPrefix(data, []byte(`{"stream":"`))
+	if !ok {
+		return pubAck{}, false
+	}
+	name, rest, ok := bytes.Cut(rest, []byte(`","seq":`))
+	if !ok {
+		return pubAck{}, false
+	}
+	switch string(name) {
+	case streamPOS:
+		ack.Stream = streamPOS
+	case streamKitchen:
+		ack.Stream = streamKitchen
+	default:
+		return pubAck{}, false
+	}
+	rest, ok = bytes.CutSuffix(rest, []byte(`}`))
+	if !ok {
+		return pubAck{}, false
+	}
+	rest, ack.Duplicate = bytes.CutSuffix(rest, []byte(`,"duplicate": true`))
+	const sureToFit = 19 // digits
+	if len(rest) == 0 || len(rest) > sureToFit || rest[0] == '0' {
+		return pubAck{}, false
+	}
+	for _, c := range rest {
+		if c < '0' || c > '9' {
+			return pubAck{}, false
+		}
+		ack.Seq = 10*ack.Seq + uint64(c-'0')
+	}
+	return ack, true
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -165,6 +167,76 @@ func TestAnAttemptIsJudgedByItsAnswer(t *testing.T) {
 	<-link.Done()
 	if _, v, err := b.attempt(deadline(t), link, streamPOS, msg); v != missed {
 		t.Errorf("link lost before it began: verdict %v, %v", v, err)
+	}
+}
+
+// The quick reader of acknowledgements reads what the hub writes, and nothing that a decoder
+// of JSON would read otherwise.
+func TestAnAcknowledgementIsReadAsADecoderWould(t *testing.T) {
+	t.Parallel()
+	for _, row := range acks {
+		t.Run(row.data, func(t *testing.T) {
+			sameAsDecoded(t, []byte(row.data))
+			if _, quick := usualAck([]byte(row.data)); quick != row.quick {
+				t.Errorf("read without the decoder: %v, want %v", quick, row.quick)
+			}
+		})
+	}
+}
+
+func FuzzAcknowledgement(f *testing.F) {
+	for _, row := range acks {
+		f.Add([]byte(row.data))
+	}
+	f.Fuzz(sameAsDecoded)
+}
+
+var acks = []struct {
+	data  string
+	quick bool
+}{
+	{`{"stream":"POS","seq":7}`, true},
+	{`{"stream":"KITCHEN","seq":1234567890123456789}`, true},
+	{`{"stream":"POS","seq":9999999999999999999}`, true},
+	{`{"stream":"POS","seq":18446744073709551615}`, false},
+	{`{"stream":"POS","seq":18446744073709551616}`, false},
+	{`{"stream":"POS","seq":7,"duplicate": true}`, true},
+	{`{"stream":"POS","seq":7,"duplicate":true}`, false},
+	{`{"stream":"POS","seq":7,"duplicate": false}`, false},
+	{`{"stream":"POS", "seq":7}`, false},
+	{`{"stream":"POS","domain":"hub","seq":7}`, false},
+	{`{"stream":"POS","seq":7,"batch":"b","count":2}`, false},
+	{`{"stream":"OTHER","seq":7}`, false},
+	{`{"stream":"P\u004fS","seq":7}`, false},
+	{`{"stream":"POS","seq":0}`, false},
+	{`{"stream":"POS","seq":07}`, false},
+	{`{"stream":"POS","seq":+7}`, false},
+	{`{"stream":"POS","seq":-7}`, false},
+	{`{"stream":"POS","seq":7.0}`, false},
+	{`{"stream":"POS","seq":7e0}`, false},
+	{`{"stream":"POS","seq":"7"}`, false},
+	{`{"stream":"POS","seq": 7}`, false},
+	{`{"stream":"POS","seq":7 }`, false},
+	{`{"stream":"POS","seq":}`, false},
+	{`{"stream":"POS","seq":,"duplicate": true}`, false},
+	{`{"stream":"POS","seq":7`, false},
+	{`{"stream":"POS","seq":7}}`, false},
+	{`{"stream":"POS","seq":7}x`, false},
+	{"{\"stream\":\"POS\",\"seq\":7}\n", false},
+	{`{"stream":"POS","seq":7,"seq":8}`, false},
+	{`{"error":{"code":503,"err_code":10077,"description":"maximum bytes exceeded"},"stream":"POS","seq":0}`, false},
+	{`{}`, false},
+	{`null`, false},
+	{`no JSON`, false},
+	{``, false},
+}
+
+func sameAsDecoded(t *testing.T, data []byte) {
+	var want pubAck
+	wantErr := json.Unmarshal(data, &want)
+	got, err := readAck(data)
+	if fmt.Sprint(err) != fmt.Sprint(wantErr) || !reflect.DeepEqual(got, want) {
+		t.Errorf("read %q as %+v, %v; the decoder as %+v, %v", data, got, err, want, wantErr)
 	}
 }
 
