@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -258,6 +259,24 @@ func BenchmarkTagEvent(b *testing.B) {
 			k.TagEvent(e)
 		}
 	})
+}
+
+// BenchmarkTagEventManySites takes each key once in a while, and lets the collector empty every pool now and then.
+func BenchmarkTagEventManySites(b *testing.B) {
+	_, e := benchEvent(b, benchPlaintext(1024))
+	keys := make([]*BindingKey, 1000)
+	for i := range keys {
+		keys[i] = testBindingKey(b, fmt.Sprint("b", i), byte(i))
+	}
+	b.ReportAllocs()
+	for n := 0; b.Loop(); n++ {
+		if n%500 == 0 {
+			b.StopTimer()
+			runtime.GC()
+			b.StartTimer()
+		}
+		keys[n%len(keys)].TagEvent(e)
+	}
 }
 
 func BenchmarkVerifyEvent(b *testing.B) {

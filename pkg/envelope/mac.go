@@ -2,9 +2,10 @@ package envelope
 
 import (
 	"crypto/hkdf"
-	"crypto/hmac"
 	"crypto/sha256"
+	"encoding"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash"
 	"sync"
@@ -13,8 +14,11 @@ import (
 // macVersion is the first field of everything that is authenticated. Another layout gets another version.
 const macVersion = 1
 
-// mac is HMAC-SHA-256 under one sub-key. Its states are pooled: a state costs more than a tag.
-type mac struct{ pool sync.Pool }
+// mac is HMAC-SHA-256 (RFC 2104) under one sub-key. It holds what SHA-256 has become behind the key's first block, inside and
+// outside, as the hash writes its state down. With many sites each key is used rarely, so that a pool of ready hashes for each of
+// them would mostly be empty; one pool serves all keys, and taking up a state costs less than hashing a block. The states are as
+// secret as the key. It is immutable.
+type mac struct{ inner, outer []byte }
 
 // subKey derives the 32-byte sub-key of a label: HKDF-SHA-256, empty salt, the label as info.
 func subKey(secret []byte, label string) ([]byte, error) {
@@ -31,21 +35,54 @@ func newMAC(secret []byte, label string) (*mac, error) {
 		return nil, err
 	}
 	m := &mac{}
-	m.pool.New = func() any { return &fields{h: hmac.New(sha256.New, key)} }
+	var errs [2]error
+	m.inner, errs[0] = keyedState(key, 0x36)
+	m.outer, errs[1] = keyedState(key, 0x5c)
+	if err := errors.Join(errs[:]...); err != nil {
+		return nil, fmt.Errorf("HMAC under %s: %w", label, err)
+	}
 	return m, nil
 }
+
+// keyedState returns the state of SHA-256 behind the key, which is shorter than a block, padded with zeros and combined with pad. A
+// digest has taken it up once: it will each time.
+func keyedState(key []byte, pad byte) ([]byte, error) {
+	var block [sha256.BlockSize]byte
+	copy(block[:], key)
+	for i := range block {
+		block[i] ^= pad
+	}
+	h := newDigest()
+	h.Write(block[:])
+	state, err := h.MarshalBinary()
+	if err != nil {
+		return nil, err
+	}
+	return state, newDigest().UnmarshalBinary(state)
+}
+
+// digest is what crypto/sha256 says of its hashes.
+type digest interface {
+	hash.Hash
+	encoding.BinaryMarshaler
+	encoding.BinaryUnmarshaler
+}
+
+func newDigest() digest { return sha256.New().(digest) }
+
+var fieldsPool = sync.Pool{New: func() any { return &fields{h: newDigest()} }}
 
 // fields collects what one HMAC covers: each field preceded by its length, four bytes, big endian. It owns its buffers because
 // what is handed to the hash's interface escapes.
 type fields struct {
-	h   hash.Hash
+	h   digest
 	buf []byte
 	out [sha256.Size]byte
 }
 
 func (m *mac) begin() *fields {
-	f := m.pool.Get().(*fields)
-	f.h.Reset()
+	f := fieldsPool.Get().(*fields)
+	_ = f.h.UnmarshalBinary(m.inner) // see keyedState
 	f.buf = append(f.buf[:0], 0, 0, 0, 1, macVersion)
 	return f
 }
@@ -75,9 +112,12 @@ func (m *mac) finish(f *fields, last []byte) [sha256.Size]byte {
 func (m *mac) sum(f *fields) [sha256.Size]byte {
 	f.h.Write(f.buf)
 	f.h.Sum(f.out[:0])
+	_ = f.h.UnmarshalBinary(m.outer) // see keyedState
+	f.h.Write(f.out[:])
+	f.h.Sum(f.out[:0])
 	sum := f.out
 	if cap(f.buf) <= 16<<10 { // one absurd message does not hold its memory for ever
-		m.pool.Put(f)
+		fieldsPool.Put(f)
 	}
 	return sum
 }

@@ -79,6 +79,15 @@ func TestSecretsCannotBePrinted(t *testing.T) {
 		hide(label, sub)
 	}
 
+	for name, m := range map[string]*mac{
+		labelEventTag: bindingKey.sub.eventTag, labelReportTag: bindingKey.sub.reportTag,
+		labelOrder: lane.sub.order, labelMessageID: lane.sub.messageID, labelEnvelopeID: lane.sub.envelopeID, labelPayloadHash: lane.sub.payload,
+	} {
+		// Between a constant and padding stand the eight words that serve as well as the key.
+		hide("inner state of "+name, m.inner[4:36])
+		hide("outer state of "+name, m.outer[4:36])
+	}
+
 	type exported struct{ V any }
 	type unexported struct{ v any }
 	values := map[string]any{
