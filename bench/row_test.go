@@ -187,10 +187,11 @@ func TestAValueThatWasNotMeasuredIsAnError(t *testing.T) {
 	}
 }
 
-// envelopeBench measures the floor of the triple against itself, called times times.
+// envelopeBench measures the floor of the triple against itself, called times times. The budget
+// leaves room for a machine on which other tests run at the same time.
 func envelopeBench(times int) bench {
 	return bench{name: "self", turn: 20 * time.Millisecond, quick: 20 * time.Millisecond,
-		rows: []row{{name: "self", key: "ns", unit: nanoseconds, budget: budget{kind: ratioAtMost, bound: 1.5}, how: "the floor against itself"}},
+		rows: []row{{name: "self", key: "ns", unit: nanoseconds, budget: budget{kind: ratioAtMost, bound: 5}, how: "the floor against itself"}},
 		open: func(context.Context, *lab) (*pair, error) {
 			f, err := floor.New(make([]byte, 32), envelopeBytes)
 			if err != nil {
@@ -222,8 +223,8 @@ func TestASlowProductIsReportedOver(t *testing.T) {
 		exit    int
 	}{
 		{"as fast as the floor", 1, verdictOK, true, exitOK},
-		{"three times as slow", 3, verdictOver, false, exitOK},
-		{"three times as slow, checked", 3, verdictOver, true, exitOver},
+		{"many times as slow", 25, verdictOver, false, exitOK},
+		{"many times as slow, checked", 25, verdictOver, true, exitOver},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var out, errOut bytes.Buffer
