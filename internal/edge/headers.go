@@ -150,6 +150,9 @@ func checkMedia(h http.Header) *door.Refusal {
 	}
 	values := h.Values("Content-Type")
 	if len(values) == 1 {
+		if values[0] == "application/json" { // as nearly everybody writes it
+			return nil
+		}
 		kind, params, err := mime.ParseMediaType(values[0])
 		charset, has := params["charset"]
 		if err == nil && kind == "application/json" && (!has || strings.EqualFold(charset, "utf-8")) {

@@ -101,16 +101,16 @@ const (
 
 // handler serves everything that a POS may ask for at one address.
 func (s *ingest) handler(l listener) http.Handler {
-	mux := http.NewServeMux()
-	for _, k := range s.kinds {
-		mux.HandleFunc("POST /"+k, func(w http.ResponseWriter, r *http.Request) { s.post(w, r, l, k) })
-		mux.HandleFunc("POST /sites/{site}/"+k, func(w http.ResponseWriter, r *http.Request) { s.post(w, r, l, k) })
-	}
-	mux.HandleFunc("GET /messages/{id}", func(w http.ResponseWriter, r *http.Request) { s.message(w, r, l) })
-	mux.HandleFunc("GET /sites/{site}/messages/{id}", func(w http.ResponseWriter, r *http.Request) { s.message(w, r, l) })
-	mux.HandleFunc("GET /healthz", admin.Healthz)
-	mux.HandleFunc("GET /readyz", s.ready)
-	return s.limited(routed(mux))
+	return s.limited(routed(func(mux *http.ServeMux) {
+		for _, k := range s.kinds {
+			mux.HandleFunc("POST /"+k, func(w http.ResponseWriter, r *http.Request) { s.post(w, r, l, k) })
+			mux.HandleFunc("POST /sites/{site}/"+k, func(w http.ResponseWriter, r *http.Request) { s.post(w, r, l, k) })
+		}
+		mux.HandleFunc("GET /messages/{id}", func(w http.ResponseWriter, r *http.Request) { s.message(w, r, l) })
+		mux.HandleFunc("GET /sites/{site}/messages/{id}", func(w http.ResponseWriter, r *http.Request) { s.message(w, r, l) })
+		mux.HandleFunc("GET /healthz", admin.Healthz)
+		mux.HandleFunc("GET /readyz", s.ready)
+	}))
 }
 
 // limited sets what holds for every request, before it is looked at.
@@ -127,20 +127,17 @@ func (s *ingest) limited(next http.Handler) http.Handler {
 	})
 }
 
-// routed answers what mux has no handler for in the form of all other refusals.
-func routed(mux *http.ServeMux) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != path.Clean(r.URL.Path) {
-			// The mux would redirect, which a POS does not follow with its body.
-			problem(http.StatusNotFound, "no-route", "There is nothing at this path.").Write(w)
-			return
-		}
-		h, pattern := mux.Handler(r)
-		if pattern != "" {
-			mux.ServeHTTP(w, r) // not h: the mux also sets the path's values
-			return
-		}
+// routed serves the routes that add adds to a mux, and answers what has none in the form of
+// all other refusals.
+func routed(add func(*http.ServeMux)) http.Handler {
+	// What no route of mux takes falls to "/". Only then is routes asked why: it has no such
+	// pattern, and tells a path that is not there from a method that may not be used.
+	mux, routes := http.NewServeMux(), http.NewServeMux()
+	add(mux)
+	add(routes)
+	unrouted := func(w http.ResponseWriter, r *http.Request) {
 		var own statusOnly
+		h, _ := routes.Handler(r)
 		h.ServeHTTP(&own, r)
 		if own.status == http.StatusMethodNotAllowed {
 			allow := own.header.Get("Allow")
@@ -149,6 +146,18 @@ func routed(mux *http.ServeMux) http.Handler {
 			return
 		}
 		problem(http.StatusNotFound, "no-route", "There is nothing at this path; kinds of messages that are not configured count as nothing.").Write(w)
+	}
+	mux.HandleFunc("/", unrouted)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path != path.Clean(r.URL.Path):
+			// The mux would redirect, which a POS does not follow with its body.
+			problem(http.StatusNotFound, "no-route", "There is nothing at this path.").Write(w)
+		case !strings.HasPrefix(r.URL.Path, "/"):
+			unrouted(w, r) // "*", for which the mux has an answer of its own
+		default:
+			mux.ServeHTTP(w, r)
+		}
 	})
 }
 

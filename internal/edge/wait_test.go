@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -404,6 +405,13 @@ func TestIngestPathsThatAreNone(t *testing.T) {
 				t.Errorf("%s %s: %d %s", method, path, w.Code, w.Body)
 			}
 		}
+	}
+	w := httptest.NewRecorder()
+	star := httptest.NewRequest(http.MethodGet, "http://edge.example/x", nil)
+	star.URL, star.RequestURI = &url.URL{Path: "*"}, "*" // as net/http reads it
+	r.handler.ServeHTTP(w, star)
+	if w.Code != 404 || w.Header().Get("Content-Type") != "application/problem+json" {
+		t.Errorf("GET *: %d %s", w.Code, w.Body)
 	}
 	if w := r.do(t.Context(), call{method: http.MethodDelete, path: "/messages/x"}); w.Code != 405 || w.Header().Get("Allow") != "GET, HEAD" {
 		t.Errorf("%d, Allow %q", w.Code, w.Header().Get("Allow"))
