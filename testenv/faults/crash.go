@@ -95,6 +95,7 @@ func kill(rng *rand.Rand, at time.Duration, programs []program) step {
 	when := pick(rng, []moment{atOnce, asCooked, asCooked, asStored})
 	down := between(rng, 0, 250*time.Millisecond)
 	return step{at: at, what: fmt.Sprintf("kill %v %s, start after %v", programs, when, down), do: func(ctx context.Context, r *run) (int, error) {
+		r.holding.Wait()
 		var killed []*stack.Process
 		for _, p := range programs {
 			proc := *r.process(p)

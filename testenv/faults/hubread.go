@@ -14,8 +14,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// hubReader is the harness's own connection to the hub. It listens to every subject, for
-// what should not be readable there, and reads the streams at the end. It parses what it
+// hubReader is the harness's own connection to the hub. It listens to what is published to
+// whoever subscribes, and reads every stream at the end. It parses what it
 // reads from the protocol's document, not by the product's code.
 type hubReader struct {
 	nc *nats.Conn
@@ -30,6 +30,10 @@ type hubReader struct {
 }
 
 const mostRecent = 64
+
+// heardSubjects are those that nobody answers: a subscription to requests, or to somebody's
+// inbox, would make the hub believe that there is somebody where there is nobody.
+var heardSubjects = []string{"live.>", "keyupd.>", "ops.>"}
 
 // mostHeard bounds what is kept of the hub's traffic, in bytes.
 const mostHeard = 128 << 20
@@ -46,9 +50,11 @@ func connectHub(url string) (*hubReader, error) {
 		nc.Close()
 		return nil, err
 	}
-	if _, err := nc.Subscribe(">", h.hear); err != nil {
-		nc.Close()
-		return nil, err
+	for _, subject := range heardSubjects {
+		if _, err := nc.Subscribe(subject, h.hear); err != nil {
+			nc.Close()
+			return nil, err
+		}
 	}
 	return h, nil
 }
@@ -101,6 +107,27 @@ func appendMsg(dst []byte, subject string, header map[string][]string, data []by
 		}
 	}
 	return append(append(dst, data...), '\n')
+}
+
+// readAll adds what every stream on the hub holds, key-value buckets among them, to what
+// was heard.
+func (h *hubReader) readAll(ctx context.Context) error {
+	names := h.js.StreamNames(ctx)
+	for name := range names.Name() {
+		t, err := h.tail(ctx, name)
+		if err != nil {
+			return err
+		}
+		err = t.read(ctx, func(m *jetstream.RawStreamMsg) {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			h.heard = appendMsg(h.heard, m.Subject, m.Header, m.Data)
+		})
+		if err != nil {
+			return fmt.Errorf("stream %s: %w", name, err)
+		}
+	}
+	return names.Err()
 }
 
 // tail reads a stream, from its beginning to its end and on.
@@ -157,7 +184,8 @@ func (t *tail) read(ctx context.Context, f func(*jetstream.RawStreamMsg)) error 
 // parseStored reads an event as it stands on the hub. With an error, what could be read.
 func parseStored(m *jetstream.RawStreamMsg) (Stored, error) {
 	// pos.<partition>.<site>.<kind>.<edge>
-	s := Stored{ID: m.Header.Get("Kb-Id"), StreamSeq: m.Sequence, At: m.Time, Fingerprint: m.Header.Get("Kb-Fingerprint")}
+	s := Stored{ID: m.Header.Get("Kb-Id"), StreamSeq: m.Sequence, At: m.Time, Fingerprint: m.Header.Get("Kb-Fingerprint"),
+		Forged: forgedAs(m)}
 	parts := strings.Split(m.Subject, ".")
 	if len(parts) != 5 {
 		return s, fmt.Errorf("subject %q", m.Subject)

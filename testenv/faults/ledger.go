@@ -27,6 +27,9 @@ type Evidence struct {
 	// Calm: nothing came between edge, hub and bridge, so that each POS must hear of the end
 	// of what it was told yes for, and each report must say what the Kitchen answered.
 	Calm bool
+	// Lag is the longest time in which the machine did not let the harness run when it should
+	// have. What the harness measures may be late by as much.
+	Lag time.Duration
 	// Outages are the times in which the hub did not run. In them screens must be told.
 	Outages []Span
 	// Screen says how the gate is set.

@@ -35,7 +35,7 @@ func main() {
 	flag.IntVar(&o.runs, "runs", 1, "how many runs, each with a seed of its own: the first has -seed, the next one more")
 	flag.Uint64Var(&o.seed, "seed", 1, "seed of the first run")
 	flag.StringVar(&o.dir, "dir", "", "keep programs, logs and data here (default: a temporary folder, removed unless a run fails)")
-	flag.BoolVar(&o.verbose, "v", false, "show each run's timeline as it happens, and every violation")
+	flag.BoolVar(&o.verbose, "v", false, "show each run's timeline as it happens, and more violations")
 	flag.BoolVar(&o.list, "list", false, "explain the scenarios")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -64,7 +64,7 @@ func start(ctx context.Context, o options, out io.Writer) (err error) {
 		}
 		chosen = []scenario{s}
 	}
-	b := &bench{out: out, verbose: o.verbose}
+	b := &bench{out: out, verbose: o.verbose, keep: o.dir != ""}
 	if b.dir, err = workDir(o.dir); err != nil {
 		return err
 	}
@@ -107,7 +107,7 @@ type bench struct {
 	dir     string
 	built   programs
 	verbose bool
-	keep    bool // a run failed: its folder stays
+	keep    bool // folders stay: a run failed, or somebody wants them
 	made    int  // folders
 }
 
@@ -136,13 +136,13 @@ func (b *bench) runs(ctx context.Context, sc scenario, n int, seed uint64) error
 		sum.Untold += res.Untold
 		sum.Violations = append(sum.Violations, res.Violations...)
 		if b.verbose {
-			fmt.Fprintf(b.out, "seed %d: accepted %d delivered %d failed %d repeated %d faults %d untold %d violations %d in %v\n",
-				s, res.Accepted, res.Delivered, res.Failed, res.Repeated, res.faults, res.Untold, len(res.Violations), res.took.Round(time.Millisecond))
+			fmt.Fprintf(b.out, "seed %d: accepted %d delivered %d failed %d repeated %d faults %d untold %d violations %d lag %v in %v, failed for %v\n",
+				s, res.Accepted, res.Delivered, res.Failed, res.Repeated, res.faults, res.Untold, len(res.Violations), res.lag.Round(time.Millisecond), res.took.Round(time.Millisecond), res.Reasons)
 		}
 		if res.bad() {
 			most := 10
 			if b.verbose {
-				most = len(res.Violations)
+				most = 50
 			}
 			res.describe(b.out, sc, s, most)
 			if failing++; failing == mostFailing && made < n {
@@ -193,8 +193,7 @@ func (b *bench) run(ctx context.Context, sc scenario, seed uint64, env []string)
 		show = b.out
 	}
 	res, err = perform(ctx, sc, seed, b.built, dir, env, show)
-	if err != nil || res.bad() {
-		b.keep = true
+	if b.keep = b.keep || err != nil || res.bad(); b.keep {
 		return res, err
 	}
 	return res, os.RemoveAll(dir)

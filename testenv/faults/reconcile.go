@@ -41,7 +41,9 @@ type Outcome struct {
 	Delivered int // of these: the Kitchen has it, and no report says otherwise
 	Failed    int // of these: reported as failed
 	Repeated  int // requests under a key that was cooked before
-	Untold    int // accepted ones whose end the POS was not told; a violation only when Evidence.Calm
+	// Reasons counts the failed reports by reason.
+	Reasons map[string]int
+	Untold  int // accepted ones whose end the POS was not told; a violation only when Evidence.Calm
 	// Violations, the most telling of each message first.
 	Violations []Violation
 }
@@ -249,6 +251,10 @@ func (b *books) judgeReports() {
 				b.violated(Unreported, r.Site, r.ID, "reported as delivered, and the Kitchen said yes to none of %d requests", len(asked))
 			}
 		case "failed":
+			if b.out.Reasons == nil {
+				b.out.Reasons = map[string]int{}
+			}
+			b.out.Reasons[r.Reason]++
 			if len(b.dead[r.eventID]) == 0 {
 				b.violated(Unreported, r.Site, r.ID, "reported as failed (%s), and there is no dead letter", r.Reason)
 			}
@@ -299,6 +305,9 @@ func (b *books) judgeOrder() {
 	for i := range b.Asked {
 		r := &b.Asked[i]
 		for _, p := range r.Problems {
+			if r.Late && b.Lag > b.Settle-lateMost && (p == kitchen.SeqInverted || p == kitchen.VersionInverted) {
+				continue // the stub itself took longer than settle
+			}
 			b.violated(Inverted, r.Site, r.Key, "the Kitchen saw %s: seq %d of epoch %s, order %s version %d", p, r.Seq, r.Epoch, r.OrderID, r.Version)
 		}
 		if r.Delivered() {
@@ -313,7 +322,7 @@ func (b *books) judgeOrder() {
 			b.violated(Inverted, r.Site, r.Key, "the Kitchen cooked an event that is not on the hub: seq %d of %s.%s", r.Seq, r.Edge, r.Epoch)
 			continue
 		}
-		if before := last[r.Site]; before != nil && before.StreamSeq > s.StreamSeq && !r.Inverted() {
+		if before := last[r.Site]; before != nil && before.StreamSeq > s.StreamSeq && !r.Inverted() && !r.Late {
 			b.violated(Inverted, r.Site, r.Key, "stream sequence %d was cooked after %d", s.StreamSeq, before.StreamSeq)
 		} else {
 			last[r.Site] = s
@@ -345,15 +354,23 @@ func (b *books) judgeTime() {
 		if s == nil {
 			continue
 		}
-		if over := r.Received.Sub(s.Deadline); over > attemptSlack {
-			b.violated(Late, r.Site, r.Key, "an attempt reached the Kitchen %v after the deadline", over)
+		// Of a request whose client is gone nobody knows when it was begun; and what was cut off
+		// may be read late by a Kitchen without time.
+		begun := func(end time.Time) time.Duration {
+			if r.GaveUp {
+				return 0
+			}
+			return r.Received.Sub(end) - b.Lag
 		}
-		if over := r.Processed.Sub(s.Deadline); !r.Processed.IsZero() && over > b.Settle+attemptSlack {
-			b.violated(Late, r.Site, r.Key, "cooked %v after the deadline; settle is %v", over, b.Settle)
+		if over := begun(s.Deadline); over > attemptSlack {
+			b.violated(Late, r.Site, r.Key, "attempt %d reached the Kitchen %v after the deadline (lag %v, answer %d)", r.Attempt, over, b.Lag, r.Status)
+		}
+		if over := r.Processed.Sub(s.Deadline); !r.Processed.IsZero() && over > b.Settle+attemptSlack+b.Lag {
+			b.violated(Late, r.Site, r.Key, "cooked %v after the deadline; settle is %v (lag %v)", over, b.Settle, b.Lag)
 		}
 		if reports := b.settled[id]; len(reports) > 0 {
-			if over := r.Received.Sub(reports[0].At); over > clockSlack {
-				b.violated(Late, r.Site, r.Key, "an attempt reached the Kitchen %v after the report (%s) was stored", over, reports[0].State)
+			if over := begun(reports[0].At); over > clockSlack {
+				b.violated(Late, r.Site, r.Key, "attempt %d reached the Kitchen %v after the report (%s) was stored (lag %v, answer %d)", r.Attempt, over, reports[0].State, b.Lag, r.Status)
 			}
 		}
 	}
@@ -404,38 +421,71 @@ func (b *books) judgeScreens() {
 				last = s
 			}
 		}
+		// One violation for each run of events that a screen missed says as much as one for each.
+		var missed []*Stored
 		for _, s := range bySite[sc.Site] {
-			if got[s] || s.At.Before(sc.Opened.Add(clockSlack)) {
-				continue
-			}
 			switch {
-			case last != nil && s.StreamSeq < last.StreamSeq:
-				b.violated(Lost, sc.Site, s.ID, "screen %s was shown %d and never %d, which lies before it", sc.Name, last.StreamSeq, s.StreamSeq)
-			case sc.Closed.IsZero():
-				b.violated(Lost, sc.Site, s.ID, "screen %s is connected and was never shown %d", sc.Name, s.StreamSeq)
-			case sc.Closed.Sub(s.At) > b.Screen.StaleClose+b.Screen.WriteTimeout+b.Screen.Heartbeat+2*screenSlack:
-				b.violated(Lost, sc.Site, s.ID, "screen %s was not shown %d and was told only %v later", sc.Name, s.StreamSeq, sc.Closed.Sub(s.At))
+			case got[s]:
+				b.missed(sc, last, missed)
+				missed = nil
+			case s.At.After(sc.Opened.Add(clockSlack)):
+				missed = append(missed, s)
 			}
 		}
+		b.missed(sc, last, missed)
 		if !sc.Slow {
 			b.judgeBeats(sc)
 		}
 	}
 }
 
+// missed judges a run of events that a screen was not shown while it was connected. last
+// is the last event that it was shown.
+func (b *books) missed(sc *Session, last *Stored, missed []*Stored) {
+	if len(missed) == 0 {
+		return
+	}
+	first := missed[0]
+	what := fmt.Sprintf("screen %s, %d frames and %d isAlive? in all (%d of them after this), was not shown %d events from %d on", sc.Name, len(sc.Frames), len(sc.Beats),
+		len(slices.DeleteFunc(slices.Clone(sc.Beats), first.At.After)), len(missed), first.StreamSeq)
+	switch silent := sc.Closed.Sub(first.At); {
+	case last != nil && first.StreamSeq < last.StreamSeq:
+		b.violated(Lost, sc.Site, first.ID, "%s, and was shown %d", what, last.StreamSeq)
+	case sc.Closed.IsZero():
+		b.violated(Lost, sc.Site, first.ID, "%s, and is connected", what)
+	case !sc.Slow && silent-b.Lag > b.Screen.StaleClose+b.Screen.WriteTimeout+b.Screen.Heartbeat+2*screenSlack:
+		b.violated(Lost, sc.Site, first.ID, "%s, and was told %v later", what, silent)
+	}
+}
+
 func tripleOf(site, fingerprint, iv string) string { return site + " " + fingerprint + " " + iv }
+
+// last is when the session showed that it was there: its end, or the last that came.
+func (sc *Session) last() time.Time {
+	at := sc.Closed
+	if n := len(sc.Frames); n > 0 && sc.Frames[n-1].At.After(at) {
+		at = sc.Frames[n-1].At
+	}
+	return at
+}
 
 // judgeBeats: in an outage isAlive? stops, then the socket closes.
 func (b *books) judgeBeats(sc *Session) {
+	calm := !slices.ContainsFunc(b.Outages, func(out Span) bool {
+		return out.To.After(sc.Opened) && (sc.Closed.IsZero() || out.From.Before(sc.Closed))
+	})
+	if long := sc.last().Sub(sc.Opened); len(sc.Beats) == 0 && calm && long > 3*b.Screen.Heartbeat+screenSlack+b.Lag {
+		b.violated(Lost, sc.Site, "", "screen %s was connected for %v and never heard isAlive?", sc.Name, long)
+	}
 	for _, out := range b.Outages {
-		silent := out.From.Add(b.Screen.Stale + b.Screen.Heartbeat + screenSlack)
+		silent := out.From.Add(b.Screen.Stale + b.Screen.Heartbeat + screenSlack + b.Lag)
 		for _, at := range sc.Beats {
 			if at.After(silent) && at.Before(out.To) {
 				b.violated(Lost, sc.Site, "", "screen %s was told isAlive? %v after the hub was gone", sc.Name, at.Sub(out.From))
 				break
 			}
 		}
-		gone := out.From.Add(b.Screen.StaleClose + b.Screen.Heartbeat + 2*screenSlack)
+		gone := out.From.Add(b.Screen.StaleClose + b.Screen.Heartbeat + 2*screenSlack + b.Lag)
 		if out.To.After(gone) && sc.Opened.Before(out.From) && (sc.Closed.IsZero() || sc.Closed.After(gone)) {
 			b.violated(Lost, sc.Site, "", "screen %s stayed connected for more than %v without a hub", sc.Name, gone.Sub(out.From))
 		}

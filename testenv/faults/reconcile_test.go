@@ -148,6 +148,9 @@ func TestEachViolationIsFound(t *testing.T) {
 			e.Outages = []Span{{at(1000), at(2900)}}
 			e.Screens[0].Beats = append(e.Screens[0].Beats, at(2800))
 		}, Lost},
+		{"a socket without isAlive?", func(e *Evidence) {
+			e.Screens[0].Beats, e.Screens[0].Closed = nil, at(2000)
+		}, Lost},
 		{"a socket that stays open without a hub", func(e *Evidence) { e.Outages = []Span{{at(1000), at(9000)}} }, Lost},
 		{"a leak", func(e *Evidence) { e.Leaks = []Leak{{"a canary", "a log"}} }, Leaked},
 	} {

@@ -20,6 +20,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/kitchenbridge/kitchenbridge/testenv/kitchen"
+	"github.com/kitchenbridge/kitchenbridge/testenv/portal"
 	"github.com/kitchenbridge/kitchenbridge/testenv/pos"
 	"github.com/kitchenbridge/kitchenbridge/testenv/stack"
 	"github.com/kitchenbridge/kitchenbridge/testenv/vendorcrypto"
@@ -56,13 +57,18 @@ type run struct {
 
 	faults int
 	found  Evidence
-	forged map[uint64]string // by stream sequence: what is wrong with it
 	// conducts are the Kitchens' behaviours, by site, where they were changed.
 	conducts map[string]conduct
+	// pending are what steps left to be done while others go on.
+	pending []chan error
+	holding sync.WaitGroup // programs that are held, until they work again
+	// spoiled is how often the Portal had been asked about a site when its fault was set.
+	spoiled map[string]int
 
 	mu sync.Mutex // Guards what follows.
-	// phrases are all that the Portal ever gave out.
-	phrases map[string]bool
+	// keys are all that the Portal ever gave out, by fingerprint.
+	keys    map[string]portal.Key
+	keyless bool // that the edge ran out of keys was noted
 }
 
 // till is one POS.
@@ -81,6 +87,7 @@ type result struct {
 	trouble  []string
 	dir      string
 	took     time.Duration
+	lag      time.Duration
 }
 
 // bad tells whether the run shows anything that it should not.
@@ -112,7 +119,7 @@ func perform(ctx context.Context, sc scenario, seed uint64, built programs, dir 
 	defer cancel()
 	r := &run{
 		plan: sc.plan(rand.New(rand.NewPCG(seed, 0))), seed: seed, dir: dir,
-		log: &timeline{begun: time.Now(), show: show}, search: newSearch(), phrases: map[string]bool{},
+		log: &timeline{begun: time.Now(), show: show}, search: newSearch(), keys: map[string]portal.Key{},
 	}
 	defer func() {
 		res.faults, res.timeline, res.dir, res.took = r.faults, r.log.lines, dir, time.Since(began)
@@ -138,10 +145,16 @@ func perform(ctx context.Context, sc scenario, seed uint64, built programs, dir 
 		return res, err
 	}
 
+	measured := r.measureLag()
+	defer measured()
+	endScreens := r.startScreens(ctx)
+	defer endScreens()
 	r.load(ctx)
 	if err := r.drain(ctx); err != nil {
 		return res, err
 	}
+	r.awaitScreens(ctx)
+	endScreens()
 	r.collectTold()
 	if err := r.prepareSearch(); err != nil {
 		return res, err
@@ -149,6 +162,7 @@ func perform(ctx context.Context, sc scenario, seed uint64, built programs, dir 
 	if err := r.searchMetrics(ctx); err != nil {
 		return res, err
 	}
+	measured()
 	r.hub.close()
 	stopped = true
 	if err := r.stack.Close(); err != nil {
@@ -160,8 +174,36 @@ func perform(ctx context.Context, sc scenario, seed uint64, built programs, dir 
 	r.found.Asked = r.stack.Kitchen.Ledger()
 	r.judgeStubs()
 	res.Outcome = Reconcile(&r.found)
-	res.trouble = r.found.Trouble
+	res.trouble, res.lag = r.found.Trouble, r.found.Lag
 	return res, nil
+}
+
+// lagEvery is how often the harness looks whether it gets time to run.
+const lagEvery = 2 * time.Millisecond
+
+// measureLag measures until the function that it returns is called, which may be done
+// again.
+func (r *run) measureLag() (end func()) {
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(lagEvery)
+		defer tick.Stop()
+		for last := time.Now(); ; {
+			select {
+			case <-stop:
+				return
+			case <-tick.C:
+				now := time.Now()
+				r.found.Lag = max(r.found.Lag, now.Sub(last)-lagEvery)
+				last = now
+			}
+		}
+	})
+	return sync.OnceFunc(func() {
+		close(stop)
+		wg.Wait()
+	})
 }
 
 func strike(f *atomic.Pointer[func()]) {
@@ -176,7 +218,16 @@ func (r *run) trouble(format string, args ...any) {
 	r.found.Trouble = append(r.found.Trouble, text)
 }
 
+// later does what a step does not wait for; load waits for it.
+func (r *run) later(do func() error) {
+	done := make(chan error, 1)
+	r.pending = append(r.pending, done)
+	go func() { done <- do() }()
+}
+
 func (r *run) outage(from, to time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.found.Outages = append(r.found.Outages, Span{from, to})
 }
 
@@ -186,7 +237,7 @@ func (r *run) prepare(ctx context.Context, built programs, env []string) (err er
 	merge(edge, p.edge)
 	merge(bridge, p.bridge)
 	cfg := stack.Config{
-		Sites: p.sites, Dir: r.dir, Edge: built.edge, Bridge: built.bridge, Poll: poll, Iterations: iterations,
+		Sites: p.sites, Dir: r.dir, Edge: built.edge, Bridge: built.bridge, Poll: poll, Iterations: iterations, Integrator: p.integrator,
 		EdgeSettings: edge, BridgeSettings: bridge, EdgeEnv: env, BridgeEnv: env,
 		Behaviour: p.behaviour, OnProcessed: func(kitchen.Record) { strike(&r.cooked) },
 		KitchenSettings: func(c *kitchen.Config) {
@@ -203,9 +254,9 @@ func (r *run) prepare(ctx context.Context, built programs, env []string) (err er
 	if r.stack, err = stack.Prepare(ctx, cfg); err != nil {
 		return err
 	}
-	r.forged, r.conducts = map[uint64]string{}, map[string]conduct{}
+	r.conducts, r.spoiled = map[string]conduct{}, map[string]int{}
 	r.found = Evidence{Deadlines: p.deadlines, Settle: settle, Calm: p.calm, Screen: screenTimes}
-	r.notePhrases()
+	r.noteKeys()
 	r.secrets, err = readBinding(filepath.Join(r.dir, "binding.json"))
 	return err
 }
@@ -222,13 +273,13 @@ func merge(into, from map[string]any) {
 	}
 }
 
-// notePhrases remembers what the Portal gives out now; call it around every rotation.
-func (r *run) notePhrases() {
+// noteKeys remembers what the Portal gives out now; call it around every rotation.
+func (r *run) noteKeys() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for site := range r.plan.sites {
 		for _, k := range r.stack.Portal.Keys(site) {
-			r.phrases[k.Value] = true
+			r.keys[k.Fingerprint] = k
 		}
 	}
 }
@@ -255,6 +306,9 @@ func (r *run) makeTills() error {
 			Seed:    r.seed, Canary: r.canary(), Rate: r.plan.rate, Within: t.within,
 		}
 		posOf(i, r.plan.sites[site], &cfg)
+		if cfg.Mode != pos.Encrypted {
+			cfg.OnChange = r.watchKeys
+		}
 		var err error
 		if t.Driver, err = pos.New(cfg); err != nil {
 			return err
@@ -262,6 +316,21 @@ func (r *run) makeTills() error {
 		r.tills = append(r.tills, t)
 	}
 	return nil
+}
+
+// watchKeys looks at what a POS is told that leaves encryption to the edge: the edge had
+// the keys once, so it must not run out of them, whatever the Portal says (I9). After a
+// start of its own it has to get them first.
+func (r *run) watchKeys(e pos.Entry) {
+	if !r.plan.calm || e.Status != http.StatusServiceUnavailable || !strings.HasPrefix(e.Reason, "keys-") {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.keyless {
+		r.keyless = true
+		r.trouble("the edge has no key of %s any more (%s)", e.Site, e.Reason)
+	}
 }
 
 // load lets POS send while things go wrong, and puts everything right in the end.
@@ -304,12 +373,20 @@ func (r *run) load(ctx context.Context) {
 	}
 	wg.Wait()
 	r.log.add("POS have stopped sending")
+	for _, do := range r.pending {
+		if err := <-do; err != nil {
+			r.trouble("%v", err)
+		}
+	}
 	for _, site := range slices.Sorted(maps.Keys(r.conducts)) {
 		struck, err := r.behave(site, kitchen.Behaviour{})
 		r.faults += struck
 		if err != nil {
 			r.trouble("%v", err)
 		}
+	}
+	if err := r.portalWell(); err != nil {
+		r.trouble("%v", err)
 	}
 }
 
@@ -384,7 +461,6 @@ func (r *run) settled() bool {
 
 func (r *run) readStored(m *jetstream.RawStreamMsg) {
 	s, err := parseStored(m)
-	s.Forged = r.forged[m.Sequence]
 	if err != nil && s.Forged == "" {
 		r.trouble("event at %d of POS: %v", m.Sequence, err)
 		return
@@ -464,10 +540,10 @@ func (r *run) prepareSearch() error {
 	add("the Portal's token", r.stack.Portal.Token())
 	_, secretKey := r.stack.Portal.Credentials()
 	add("the Portal's secret key", secretKey)
-	r.notePhrases()
-	for phrase := range r.phrases {
-		add("a pass phrase", phrase)
-		derived, err := derive(phrase)
+	r.noteKeys()
+	for _, k := range r.keys {
+		add("a pass phrase", k.Value)
+		derived, err := derive(k.Value)
 		errs = append(errs, err)
 		add("a cipher's key", derived)
 	}
@@ -499,6 +575,9 @@ func (r *run) searchMetrics(ctx context.Context) error {
 			}
 			r.leaked(r.search.leaksIn(name+path, body))
 		}
+	}
+	if err := r.hub.readAll(ctx); err != nil {
+		return err
 	}
 	heard, cut := r.hub.traffic()
 	if len(heard) == 0 || cut > 0 {

@@ -19,7 +19,7 @@ type scenario struct {
 }
 
 // scenarios in the order of -list.
-var scenarios = []scenario{crash, kitchens}
+var scenarios = []scenario{crash, kitchens, portals, sockets}
 
 func findScenario(name string) (scenario, error) {
 	for _, s := range scenarios {
@@ -35,6 +35,8 @@ type plan struct {
 	sites map[string]stack.Site
 	// apart runs the hub as a process of its own.
 	apart bool
+	// integrator is the Stack's.
+	integrator bool
 	// load is how long POS send, rate how many messages a second at each site.
 	load time.Duration
 	rate float64

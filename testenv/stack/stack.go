@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/cli"
@@ -41,6 +42,9 @@ type Config struct {
 	Edge, Bridge string
 	// RotateEvery is the time between two rotations of every key. Default 0: none.
 	RotateEvery time.Duration
+	// Integrator makes edge and bridge ask the Portal for a token with the integrator's
+	// credentials. Default: they read one from a file.
+	Integrator bool
 	// Poll is how often edge and bridge ask the Portal. Default 1s.
 	Poll time.Duration
 	// Iterations of PBKDF2. Default: the product's own default.
@@ -82,6 +86,9 @@ type Stack struct {
 	EdgeAdmin   string // http://…
 	BridgeAdmin string
 	Endpoints   map[string]Endpoint
+
+	mu         sync.Mutex
+	encryption map[string]bool // Guarded by mu: the Portal's switches, by site
 }
 
 // Endpoint is how the world meets one site.
@@ -113,7 +120,7 @@ func Prepare(ctx context.Context, cfg Config) (s *Stack, err error) {
 			return nil, err
 		}
 	}
-	s = &Stack{cfg: cfg, Endpoints: make(map[string]Endpoint)}
+	s = &Stack{cfg: cfg, Endpoints: make(map[string]Endpoint), encryption: make(map[string]bool)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -125,6 +132,7 @@ func Prepare(ctx context.Context, cfg Config) (s *Stack, err error) {
 	names := slices.Sorted(maps.Keys(cfg.Sites))
 	for _, name := range names {
 		sites[name] = portal.SiteConfig{Encryption: cfg.Sites[name].Encryption}
+		s.encryption[name] = cfg.Sites[name].Encryption
 		profiles[name] = vendorcrypto.Profile{Cipher: cfg.Sites[name].Profile, Iterations: cfg.Iterations}
 	}
 	overlap := cfg.RotateEvery * 3 / 4 // shorter than a period, so that there are never three keys
@@ -147,7 +155,20 @@ func (s *Stack) Keys(site string) (encryption bool, keys []vendorcrypto.Key) {
 	for _, k := range s.Portal.Keys(site) {
 		keys = append(keys, vendorcrypto.Key{Fingerprint: k.Fingerprint, Passphrase: vendorcrypto.Secret(k.Value), ValidAfter: k.ValidAfter, ValidUntil: k.ValidUntil})
 	}
-	return s.cfg.Sites[site].Encryption, keys
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.encryption[site], keys
+}
+
+// SetEncryption turns a site's switch on the Portal; POS and Kitchen know of it at once.
+func (s *Stack) SetEncryption(site string, on bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.Portal.SetEncryption(site, on); err != nil {
+		return err
+	}
+	s.encryption[site] = on
+	return nil
 }
 
 // writeSettings picks addresses and tokens, mints the binding file with the real
@@ -162,7 +183,15 @@ func (s *Stack) writeSettings(ctx context.Context, names []string) error {
 	}
 	caFile, tokenFile := filepath.Join(dir, "portal-ca.pem"), filepath.Join(dir, "portal-token")
 	errs = append(errs, s.Portal.WriteCAFile(caFile), os.WriteFile(tokenFile, []byte(s.Portal.Token()), 0o600))
-	portalSettings := map[string]any{"url": s.Portal.URL(), "token_file": tokenFile, "ca_file": caFile, "poll": s.cfg.Poll.String()}
+	portalSettings := map[string]any{"url": s.Portal.URL(), "ca_file": caFile, "poll": s.cfg.Poll.String()}
+	if s.cfg.Integrator {
+		keyID, secret := s.Portal.Credentials()
+		secretFile := s.file("portal-secret")
+		errs = append(errs, os.WriteFile(secretFile, []byte(secret), 0o600))
+		portalSettings["key_id"], portalSettings["secret_key_file"], portalSettings["token_url"] = keyID, secretFile, s.Portal.URL()
+	} else {
+		portalSettings["token_file"] = tokenFile
+	}
 
 	bindingFile := filepath.Join(dir, "binding.json")
 	args := []string{"binding", "mint", "--file", bindingFile}
