@@ -2,7 +2,6 @@ package conformance
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -60,14 +59,9 @@ func pinned(ttl time.Duration) func(*jetstream.ConsumerConfig) {
 func unpin(t testing.TB, nc *nats.Conn, c jetstream.Consumer) {
 	t.Helper()
 	info := c.CachedInfo()
-	reply, err := nc.Request("$JS.API.CONSUMER.UNPIN."+info.Stream+"."+info.Name, fmt.Appendf(nil, `{"group":%q}`, group), patience)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var a answer
-	if err := json.Unmarshal(reply.Data, &a); err != nil || a.Error != nil {
-		t.Fatalf("unpin: %s %v", reply.Data, err)
-	}
+	must(t, func(ctx context.Context) error {
+		return call(ctx, nc, "$JS.API.CONSUMER.UNPIN."+info.Stream+"."+info.Name, fmt.Appendf(nil, `{"group":%q}`, group), &struct{}{})
+	})
 }
 
 func reset(t testing.TB, h *hub, c jetstream.Consumer) {

@@ -304,7 +304,7 @@ func TestRefusedForRoomIsNotStored(t *testing.T) {
 					t.Errorf("refused with %d %q, want %d %q", refused.code(), refused.Error.Description, row.code, row.description)
 				}
 				// Not what means "try again".
-				if refused.Error.Code == 429 || refused.code() == 10008 {
+				if refused.Error.Code == 429 || refused.code() == errNoLeader {
 					t.Errorf("refused with %+v", refused.Error)
 				}
 				holds(t, s, n, n)

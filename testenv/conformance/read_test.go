@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,14 +62,16 @@ type stored struct {
 func leaders(t testing.TB, nc *nats.Conn, s jetstream.Stream, q query) (stored, int) {
 	t.Helper()
 	var got struct {
-		answer
 		Message stored `json:"message"`
 	}
-	reply := request(t, nc, leaderGet+name(s), q.body(t))
-	if err := json.Unmarshal(reply.Data, &got); err != nil {
+	err := ask(t, func(ctx context.Context) error { return call(ctx, nc, leaderGet+name(s), q.body(t), &got) })
+	if api, ok := errors.AsType[*jetstream.APIError](err); ok {
+		return stored{}, int(api.ErrorCode)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
-	return got.Message, got.code()
+	return got.Message, 0
 }
 
 // message of a sequence, which must be there.

@@ -24,6 +24,7 @@ const patience = 20 * time.Second
 
 // Codes of JetStream's errors, as they stand on the wire.
 const (
+	errNoLeader        = 10008 // of the cluster, now
 	errMaxConsumers    = 10026
 	errNoMessage       = 10037
 	errMessageTooLarge = 10054
@@ -256,7 +257,9 @@ func ask(t testing.TB, request func(context.Context) error) (err error) {
 		ctx, cancel := context.WithTimeout(context.Background(), patience/10)
 		defer cancel()
 		err = request(ctx)
-		return !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, nats.ErrNoResponders)
+		api, refused := errors.AsType[*jetstream.APIError](err)
+		return !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, nats.ErrNoResponders) &&
+			!(refused && api.ErrorCode == errNoLeader)
 	})
 	return err
 }

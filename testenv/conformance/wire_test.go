@@ -220,6 +220,23 @@ func pull(t testing.TB, nc *nats.Conn, c jetstream.Consumer, request pullRequest
 	return sub
 }
 
+// call makes a request to JetStream's API that the client has no call for. An error in the
+// answer is a *jetstream.APIError.
+func call(ctx context.Context, nc *nats.Conn, subject string, body []byte, into any) error {
+	reply, err := nc.RequestWithContext(ctx, subject, body)
+	if err != nil {
+		return err
+	}
+	var a answer
+	if err := json.Unmarshal(reply.Data, &a); err != nil {
+		return fmt.Errorf("answer %q: %w", reply.Data, err)
+	}
+	if a.Error != nil {
+		return a.Error
+	}
+	return json.Unmarshal(reply.Data, into)
+}
+
 func acknowledge(t testing.TB, nc *nats.Conn, reply string) {
 	t.Helper()
 	if err := nc.Publish(reply, []byte("+ACK")); err != nil {
