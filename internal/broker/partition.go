@@ -199,8 +199,10 @@ func (b *Broker) takeOver(ctx context.Context, p int, name string) (at Takeover,
 	if err := b.unpin(ctx, name); err != nil {
 		return at, err
 	}
-	if _, err := b.js.ResetConsumer(ctx, streamPOS, name); err != nil {
-		return at, fmt.Errorf("reset consumer %s: %w", name, err)
+	if !faultNoReset {
+		if _, err := b.js.ResetConsumer(ctx, streamPOS, name); err != nil {
+			return at, fmt.Errorf("reset consumer %s: %w", name, err)
+		}
 	}
 
 	stream, err := b.js.Stream(ctx, streamPOS)

@@ -49,7 +49,7 @@ func (r *Router) examine(d *broker.Delivery) cause {
 	if site == nil || site.Binding == nil {
 		return causeUnknownSite
 	}
-	if err := site.Binding.VerifyEvent(&ev.Event, ev.Bind, ev.Tag); err != nil {
+	if err := site.Binding.VerifyEvent(&ev.Event, ev.Bind, ev.Tag); err != nil && !faultNoTag {
 		if _, known := site.Binding.Key(ev.Bind); !known {
 			return causeUnknownBind
 		}
@@ -110,6 +110,9 @@ func (t *tenure) deliver(e *endpoint, it *item) bool {
 		}
 		// The Kitchen may have the event though an answer was lost: the attempts carry the
 		// same id.
+		if faultAckFirst {
+			t.r.ackDelivery(it.d)
+		}
 		it.last = e.post(t.io, it.d, f, it.attempts, it.deadline)
 		if it.last.sent {
 			it.unknown, it.cut = it.last.status == 0, time.Now()

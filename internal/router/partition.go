@@ -84,7 +84,7 @@ func (p *partition) enqueue(d *broker.Delivery) {
 // readPast reads what the report log says is done. Reports that do not verify are not
 // believed: the broker cannot make an order disappear by saying that it was delivered.
 func (r *Router) readPast(ctx context.Context, partition int, oldest time.Time) (past, int, error) {
-	if oldest.IsZero() {
+	if oldest.IsZero() || faultNoReports {
 		return nil, 0, nil
 	}
 	past := make(past)

