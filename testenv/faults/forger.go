@@ -26,10 +26,9 @@ const (
 	atKind = 2
 )
 
-// forgeries: whoever may publish on the hub can do all of it. Each gets a number that no
-// event has, since the hub itself drops what comes twice under one; a plain replay at
-// another place of the stream, which only the hub's operator could make, is not among
-// them: the bridge does not tell it from a redelivery yet.
+// forgeries: whoever may publish on the hub can do all of it. Each has the true event's
+// tag and, since the hub drops what comes twice under one number and tag, a number that no
+// event has; those with another tag may bear the true number.
 var forgeries = []forgery{
 	{"another number", func(_ *run, s []string, _ *nats.Msg, _ *rand.Rand) []string { return s }},
 	{"another site", func(r *run, s []string, _ *nats.Msg, rng *rand.Rand) []string {
@@ -68,6 +67,11 @@ var forgeries = []forgery{
 		m.Header.Set("Kb-Tag", strings.Repeat("A", 43))
 		return s
 	}},
+	{"the true number and a tag of nobody", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
+		m.Header.Set("Kb-Seq", m.Header.Get(trueSeq))
+		m.Header.Set("Kb-Tag", strings.Repeat("B", 43))
+		return s
+	}},
 	{"a binding key that is none", func(_ *run, s []string, m *nats.Msg, _ *rand.Rand) []string {
 		m.Header.Set("Kb-Bind", "none")
 		return s
@@ -83,21 +87,26 @@ var forgeries = []forgery{
 }
 
 const (
-	// forgedFrom is the first number of what is forged; no edge comes so far in a run.
-	forgedFrom = 1 << 40
-	nonsense   = "nonsense"
+	forgedPrefix = "forged" // begins every forged Kb-Id
+	nonsense     = "nonsense"
+	trueSeq      = "True-Seq" // for forgeries, and never published
 )
 
 // forgedAs says how an event on the hub is known to be forged, "" for a true one.
 func forgedAs(m *jetstream.RawStreamMsg) string {
-	seq, _ := strconv.ParseUint(m.Header.Get("Kb-Seq"), 10, 64)
 	switch {
 	case string(m.Data) == nonsense:
 		return nonsense
-	case seq >= forgedFrom:
+	case strings.HasPrefix(m.Header.Get("Kb-Id"), forgedPrefix):
 		return m.Subject
 	}
 	return ""
+}
+
+// msgID is the transport id of an event, which the product checks.
+func msgID(site string, h nats.Header) string {
+	tag := h.Get("Kb-Tag")
+	return fmt.Sprintf("%s:%s:%s:%s", h.Get("Kb-Edge"), site, h.Get("Kb-Seq"), tag[:min(16, len(tag))])
 }
 
 // forge publishes altered copies of events that came lately. What they are is drawn now;
@@ -124,14 +133,15 @@ func forge(rng *rand.Rand, at time.Duration, n int) step {
 					m.Header[name] = slices.Clone(values)
 				}
 			}
-			seq := forgedFrom + source.Uint64N(forgedFrom)
-			m.Header.Set("Kb-Seq", strconv.FormatUint(seq, 10))
-			m.Header.Set("Kb-Id", fmt.Sprintf("forged%026x", source.Uint64()))
+			m.Header.Set(trueSeq, m.Header.Get("Kb-Seq"))
+			m.Header.Set("Kb-Seq", strconv.FormatUint(1_000_000+source.Uint64N(1_000_000), 10))
+			m.Header.Set("Kb-Id", fmt.Sprintf("%s%026x", forgedPrefix, source.Uint64()))
 			subject := f.alter(r, strings.Split(strings.TrimPrefix(from.Subject, "live."), "."), m, source)
-			m.Subject = strings.Join(subject, ".")
+			m.Header.Del(trueSeq)
 			if len(m.Header) > 0 {
-				m.Header.Set("Nats-Msg-Id", fmt.Sprintf("%s:%s:%d", m.Header.Get("Kb-Edge"), subject[atSite], seq))
+				m.Header.Set("Nats-Msg-Id", msgID(subject[atSite], m.Header))
 			}
+			m.Subject = strings.Join(subject, ".")
 			once, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
 			_, err := r.hub.js.PublishMsg(once, m)
 			cancel()

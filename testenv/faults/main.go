@@ -27,6 +27,7 @@ type options struct {
 	dir      string
 	verbose  bool
 	list     bool
+	selftest bool
 }
 
 func main() {
@@ -37,6 +38,7 @@ func main() {
 	flag.StringVar(&o.dir, "dir", "", "keep programs, logs and data here (default: a temporary folder, removed unless a run fails)")
 	flag.BoolVar(&o.verbose, "v", false, "show each run's timeline as it happens, and more violations")
 	flag.BoolVar(&o.list, "list", false, "explain the scenarios")
+	flag.BoolVar(&o.selftest, "selftest", false, "take away one safeguard of the programs at a time, and fail unless each is missed")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -57,7 +59,7 @@ func start(ctx context.Context, o options, out io.Writer) (err error) {
 		return errors.New("takes no arguments, and -runs is at least 1")
 	}
 	chosen := scenarios
-	if o.scenario != "all" {
+	if o.scenario != "all" && !o.selftest {
 		s, err := findScenario(o.scenario)
 		if err != nil {
 			return err
@@ -74,6 +76,9 @@ func start(ctx context.Context, o options, out io.Writer) (err error) {
 				err = errors.Join(err, os.RemoveAll(b.dir))
 			}
 		}()
+	}
+	if o.selftest {
+		return b.selftest(ctx, o.seed)
 	}
 	if b.built, err = build(ctx, filepath.Join(b.dir, "bin"), ""); err != nil {
 		return err

@@ -103,6 +103,15 @@ func Reconcile(e *Evidence) Outcome {
 		b.stored[s.eventID] = s
 		b.byID[message{s.Site, s.ID}] = append(b.byID[message{s.Site, s.ID}], s)
 	}
+	for m, events := range b.byID {
+		epochs := map[string]*Stored{}
+		for _, s := range events {
+			if first := epochs[s.Epoch]; first != nil {
+				b.violated(Inverted, m.site, m.id, "the edge stored one message twice, at %d and %d", first.StreamSeq, s.StreamSeq)
+			}
+			epochs[s.Epoch] = s
+		}
+	}
 	for i := range e.Settled {
 		b.settled[e.Settled[i].eventID] = append(b.settled[e.Settled[i].eventID], &e.Settled[i])
 	}

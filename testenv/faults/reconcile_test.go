@@ -119,6 +119,12 @@ func TestEachViolationIsFound(t *testing.T) {
 			s.StreamSeq, s.ID = 9, "y"
 			e.Stored = append(e.Stored, s)
 		}, Inverted},
+		{"one message stored twice", func(e *Evidence) {
+			s, r := e.Stored[0], e.Settled[0]
+			s.Seq, s.StreamSeq = 4, 9
+			r.eventID = s.eventID
+			e.Stored, e.Settled = append(e.Stored, s), append(e.Settled, r)
+		}, Inverted},
 		{"one message under two ids", func(e *Evidence) { e.Told[0].IDMoved = true }, Inverted},
 		{"another id than the protocol's", func(e *Evidence) { e.Told[0].WantID = "b" }, Inverted},
 		{"attempt after the deadline", func(e *Evidence) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -111,6 +112,12 @@ func (t *timeline) add(format string, args ...any) {
 	}
 }
 
+// source is where everything random of a run comes from. Seeds that follow each other
+// have nothing in common.
+func source(scenario string, seed uint64) *rand.Rand {
+	return rand.New(rand.NewChaCha8(sha256.Sum256(fmt.Appendf(nil, "%s %d", scenario, seed))))
+}
+
 // perform does one run. An error says that the harness could not do it; what the programs
 // did wrong is in the result.
 func perform(ctx context.Context, sc scenario, seed uint64, built programs, dir string, env []string, show io.Writer) (res result, err error) {
@@ -118,7 +125,7 @@ func perform(ctx context.Context, sc scenario, seed uint64, built programs, dir 
 	ctx, cancel := context.WithTimeoutCause(ctx, runMost, fmt.Errorf("the run took more than %v", runMost))
 	defer cancel()
 	r := &run{
-		plan: sc.plan(rand.New(rand.NewPCG(seed, 0))), seed: seed, dir: dir,
+		plan: sc.plan(source(sc.name, seed)), seed: seed, dir: dir,
 		log: &timeline{begun: time.Now(), show: show}, search: newSearch(), keys: map[string]portal.Key{},
 	}
 	defer func() {
@@ -350,6 +357,7 @@ func (r *run) load(ctx context.Context) {
 			}
 		})
 	}
+	r.log.add("%s", r.plan.String())
 	begun := time.Now()
 	for _, s := range r.plan.steps {
 		if !sleep(ctx, time.Until(begun.Add(s.at))) {

@@ -54,6 +54,15 @@ type plan struct {
 	steps   []step
 }
 
+// String says what is not a step.
+func (p *plan) String() string {
+	where := "in the bridge"
+	if p.apart {
+		where = "apart"
+	}
+	return fmt.Sprintf("%d sites, %v messages a second at each, %d screens, hub %s", len(p.sites), p.rate, len(p.screens), where)
+}
+
 // screenPlan is one screen.
 type screenPlan struct {
 	site, name string
