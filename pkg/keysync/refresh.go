@@ -97,6 +97,10 @@ func (k *Keys) fetchAndNote(st *siteState) (asked bool, _ error) {
 	if err != nil && k.life.Err() != nil {
 		return false, errStopped
 	}
+	if err != nil && faultForgetKeys {
+		none, _ := envelope.NewKeyring(st.settings)
+		st.now.Store(&Site{Name: st.name, Settings: st.settings, Keyring: none, Binding: st.binding, retired: none})
+	}
 	if err != nil {
 		if bad, ok := errors.AsType[*fetchError](err); ok {
 			result = bad.reason
