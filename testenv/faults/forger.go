@@ -109,6 +109,26 @@ func msgID(site string, h nats.Header) string {
 	return fmt.Sprintf("%s:%s:%s:%s", h.Get("Kb-Edge"), site, h.Get("Kb-Seq"), tag[:min(16, len(tag))])
 }
 
+// forge makes an altered copy of a true event, ready to be published.
+func (f forgery) forge(r *run, from *nats.Msg, rng *rand.Rand) *nats.Msg {
+	m := &nats.Msg{Header: nats.Header{}, Data: slices.Clone(from.Data)}
+	for name, values := range from.Header {
+		if !strings.HasPrefix(name, "Nats-") {
+			m.Header[name] = slices.Clone(values)
+		}
+	}
+	m.Header.Set(trueSeq, m.Header.Get("Kb-Seq"))
+	m.Header.Set("Kb-Seq", strconv.FormatUint(1_000_000+rng.Uint64N(1_000_000), 10))
+	m.Header.Set("Kb-Id", fmt.Sprintf("%s%026x", forgedPrefix, rng.Uint64()))
+	subject := f.alter(r, strings.Split(strings.TrimPrefix(from.Subject, "live."), "."), m, rng)
+	m.Header.Del(trueSeq)
+	if len(m.Header) > 0 {
+		m.Header.Set("Nats-Msg-Id", msgID(subject[atSite], m.Header))
+	}
+	m.Subject = strings.Join(subject, ".")
+	return m
+}
+
 // forge publishes altered copies of events that came lately. What they are is drawn now;
 // which event is altered depends on what has come.
 func forge(rng *rand.Rand, at time.Duration, n int) step {
@@ -126,22 +146,7 @@ func forge(rng *rand.Rand, at time.Duration, n int) step {
 			if len(recent) == 0 {
 				break
 			}
-			from := pick(source, recent)
-			m := &nats.Msg{Header: nats.Header{}, Data: slices.Clone(from.Data)}
-			for name, values := range from.Header {
-				if !strings.HasPrefix(name, "Nats-") {
-					m.Header[name] = slices.Clone(values)
-				}
-			}
-			m.Header.Set(trueSeq, m.Header.Get("Kb-Seq"))
-			m.Header.Set("Kb-Seq", strconv.FormatUint(1_000_000+source.Uint64N(1_000_000), 10))
-			m.Header.Set("Kb-Id", fmt.Sprintf("%s%026x", forgedPrefix, source.Uint64()))
-			subject := f.alter(r, strings.Split(strings.TrimPrefix(from.Subject, "live."), "."), m, source)
-			m.Header.Del(trueSeq)
-			if len(m.Header) > 0 {
-				m.Header.Set("Nats-Msg-Id", msgID(subject[atSite], m.Header))
-			}
-			m.Subject = strings.Join(subject, ".")
+			m := f.forge(r, pick(source, recent), source)
 			once, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
 			_, err := r.hub.js.PublishMsg(once, m)
 			cancel()

@@ -130,6 +130,16 @@ func (h *hubReader) readAll(ctx context.Context) error {
 	return names.Err()
 }
 
+// await waits until there is a connection: a program that was the hub may just be back.
+func (h *hubReader) await(ctx context.Context) error {
+	for !h.nc.IsConnected() {
+		if !sleep(ctx, 10*time.Millisecond) {
+			return fmt.Errorf("no connection to the hub: %w", context.Cause(ctx))
+		}
+	}
+	return nil
+}
+
 // tail reads a stream, from its beginning to its end and on.
 type tail struct {
 	stream jetstream.Stream

@@ -402,6 +402,9 @@ func (r *run) load(ctx context.Context) {
 func (r *run) drain(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, drainMost)
 	defer cancel()
+	if err := r.hub.await(ctx); err != nil {
+		return err
+	}
 	var tails []*tail
 	for _, stream := range []string{"POS", "KITCHEN", "DLQ"} {
 		t, err := r.hub.tail(ctx, stream)
