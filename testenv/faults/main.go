@@ -124,7 +124,7 @@ const minAccepted = 200
 
 // runs makes n runs and ends with one line that adds them up.
 func (b *bench) runs(ctx context.Context, sc scenario, n int, seed uint64) error {
-	var sum Outcome
+	sum := Outcome{Reasons: map[string]int{}}
 	var faults, made, failing int
 	for i := range n {
 		s := seed + uint64(i)
@@ -139,6 +139,9 @@ func (b *bench) runs(ctx context.Context, sc scenario, n int, seed uint64) error
 		sum.Failed += res.Failed
 		sum.Repeated += res.Repeated
 		sum.Untold += res.Untold
+		for reason, n := range res.Reasons {
+			sum.Reasons[reason] += n
+		}
 		sum.Violations = append(sum.Violations, res.Violations...)
 		if b.verbose {
 			fmt.Fprintf(b.out, "seed %d: accepted %d delivered %d failed %d repeated %d faults %d untold %d violations %d lag %v in %v, failed for %v\n",
@@ -155,6 +158,9 @@ func (b *bench) runs(ctx context.Context, sc scenario, n int, seed uint64) error
 				break
 			}
 		}
+	}
+	if len(sum.Reasons) > 0 {
+		fmt.Fprintf(b.out, "failed reports by reason: %v\n", sum.Reasons) // of the hub's: of messages that no POS was told yes for, too
 	}
 	fmt.Fprintf(b.out, "scenario %s runs %d accepted %d delivered %d failed %d repeated %d faults %d", sc.name, made, sum.Accepted, sum.Delivered, sum.Failed, sum.Repeated, faults)
 	for _, c := range classes {
