@@ -129,6 +129,9 @@ func (b *bench) runs(ctx context.Context, sc scenario, n int, seed uint64) error
 	for i := range n {
 		s := seed + uint64(i)
 		res, err := b.run(ctx, sc, s, nil)
+		if ctx.Err() != nil {
+			return fmt.Errorf("scenario %s seed %d: interrupted after %d whole runs", sc.name, s, made)
+		}
 		if err != nil {
 			return fmt.Errorf("scenario %s seed %d: %w", sc.name, s, err)
 		}
