@@ -2,6 +2,7 @@ package broker
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -290,7 +291,7 @@ func (s *Store) append(ctx context.Context, record []byte, share int64) (uint64,
 	if err != nil {
 		return 0, s.undecided(err)
 	}
-	if now == nil || now.isGone() {
+	if now == nil || now.hasFailed() {
 		return s.settle(ctx, record, share)
 	}
 	if s.pending == nil {
@@ -363,8 +364,11 @@ func (s *Store) fail(record []byte, why error) {
 // whose outcome is unknown. When none is, the record is appended.
 func (s *Store) settle(ctx context.Context, record []byte, share int64) (uint64, error) {
 	s.mu.Lock()
-	last, why := s.state.Last, s.why
+	now, last, why := s.now, s.state.Last, s.why
 	s.mu.Unlock()
+	if now != nil {
+		why = now.cause()
+	}
 	if wait := reopenEvery - time.Since(s.tried); wait > 0 {
 		return 0, s.undecided(fmt.Errorf("opened again in %v: %w", wait.Round(time.Millisecond), why))
 	}
@@ -377,7 +381,7 @@ func (s *Store) settle(ctx context.Context, record []byte, share int64) (uint64,
 		return 0, s.undecided(err)
 	}
 	s.mu.Lock()
-	now := s.now
+	now = s.now
 	s.mu.Unlock()
 	s.setLast(last) // until it is known what stands behind it
 	s.log.Info("outbox: opened again", "last", now.last)
@@ -513,6 +517,8 @@ func (s *Store) State() StoreState {
 	switch {
 	case s.closed:
 		st.Err = fmt.Errorf("%w: closed", ErrStoreUnwell)
+	case s.now != nil && s.now.hasFailed():
+		st.Err = fmt.Errorf("%w: %w", ErrStoreUnwell, s.now.cause())
 	case s.now == nil || s.fatal:
 		st.Err = fmt.Errorf("%w: %w", ErrStoreUnwell, s.why)
 	case full != nil:
@@ -571,15 +577,17 @@ func (s *Store) Read(ctx context.Context, from uint64, f func(seq uint64, record
 	last := s.state.Last
 	next := max(from, s.state.First)
 	s.mu.Unlock()
+	var before *storeServer
 	for next <= last {
 		s.mu.Lock()
 		now, why := s.now, s.why
 		s.mu.Unlock()
-		if now == nil {
-			return fmt.Errorf("read the store: %w: %w", ErrStoreUnwell, why)
+		if now == nil || now == before {
+			return fmt.Errorf("read the store: %w: %w", ErrStoreUnwell, cmp.Or(why, errStoreStopped))
 		}
+		before = now
 		var err error
-		next, err = now.read(ctx, next, last, f)
+		next, err = now.read(ctx, next, last, f) // to the end, unless it says why not
 		if err != nil && !errors.Is(err, errStoreStopped) {
 			return fmt.Errorf("read the store, record %d: %w", next, err)
 		}

@@ -9,13 +9,13 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
-	"golang.org/x/time/rate"
 )
 
 const (
@@ -44,15 +44,18 @@ const (
 // gap is a run of sequences that the stream does not have.
 type gap struct{ From, To uint64 }
 
-// storeServer is one run of the store's server, and the connection to it.
+// storeServer is one run of the store's server, and the connections to it.
 type storeServer struct {
 	// Fixed at birth.
 	srv    *server.Server
-	nc     *nats.Conn
+	nc     *nats.Conn     // of the writer
+	reads  *nats.Conn     // so that no acknowledgement waits behind what is read
 	inbox  string         // prefix of where acknowledgements go
 	acks   chan *nats.Msg // what comes there
 	blocks string         // folder of the stream's blocks
 	gone   chan struct{}  // closed when it stops, or the connection is lost
+	failed chan struct{}  // closed when it takes nothing more, also by gone
+	cause  func() error   // why, once failed is closed
 	stop   func()
 
 	// As it was found.
@@ -86,18 +89,24 @@ func startStore(ctx context.Context, cfg StoreConfig, key string, data bool, fir
 	if err != nil {
 		return nil, err
 	}
-	log := &serverLog{log: cfg.Log, refused: rate.Sometimes{First: 10, Interval: time.Minute}}
+	failed, fail, cause := failure()
+	log := &storeLog{serverLog: &serverLog{log: cfg.Log}, fail: fail}
 	srv.SetLoggerV2(log, false, false, false)
 	srv.Start() // returns with JetStream recovered, or logs a fatal error
 	if err := log.fatal(); err == nil && !srv.ReadyForConnections(10*time.Second) {
 		log.Fatalf("not ready for connections within 10 s")
 	}
-	s := &storeServer{srv: srv, blocks: blocks, gone: make(chan struct{}), acks: make(chan *nats.Msg, 64)}
-	left := sync.OnceFunc(func() { close(s.gone) })
+	s := &storeServer{srv: srv, blocks: blocks, gone: make(chan struct{}), failed: failed, cause: cause, acks: make(chan *nats.Msg, 64)}
+	left := sync.OnceFunc(func() {
+		fail(errStoreStopped)
+		close(s.gone)
+	})
 	s.stop = sync.OnceFunc(func() {
 		left()
-		if s.nc != nil {
-			s.nc.Close()
+		for _, nc := range []*nats.Conn{s.nc, s.reads} {
+			if nc != nil {
+				nc.Close()
+			}
 		}
 		srv.Shutdown()
 		srv.WaitForShutdown()
@@ -106,19 +115,60 @@ func startStore(ctx context.Context, cfg StoreConfig, key string, data bool, fir
 		s.stop()
 		return nil, err
 	}
-	if s.nc, err = nats.Connect("", nats.InProcessServer(srv), nats.NoReconnect(), nats.Name("outbox"),
-		nats.PingInterval(storePing), nats.ClosedHandler(func(*nats.Conn) { left() }),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-			cfg.Log.Warn("outbox: the server's client reports", "err", err)
-		})); err != nil {
-		s.stop()
-		return nil, err
+	for _, nc := range []**nats.Conn{&s.nc, &s.reads} {
+		if *nc, err = nats.Connect("", nats.InProcessServer(srv), nats.NoReconnect(), nats.Name("outbox"),
+			nats.PingInterval(storePing), nats.ClosedHandler(func(*nats.Conn) { left() }),
+			nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+				cfg.Log.Warn("outbox: the server's client reports", "err", err)
+			})); err != nil {
+			s.stop()
+			return nil, err
+		}
 	}
 	if err := s.find(ctx, cfg, data, first); err != nil {
 		s.stop()
 		return nil, err
 	}
 	return s, nil
+}
+
+// failure is a channel that the first call of fail closes, and what cause then returns.
+func failure() (failed chan struct{}, fail func(error), cause func() error) {
+	failed = make(chan struct{})
+	var once sync.Once
+	var why error
+	return failed, func(err error) {
+			once.Do(func() {
+				why = err
+				close(failed)
+			})
+		}, func() error {
+			<-failed
+			return why
+		}
+}
+
+// storeLog is the server's log. The server does not answer a message that it could not
+// write, nor any after it: that it logs the error is the only sign.
+type storeLog struct {
+	*serverLog
+	fail func(error)
+}
+
+func (l *storeLog) Errorf(format string, v ...any) {
+	text := fmt.Sprintf(format, v...)
+	if strings.Contains(strings.ToLower(text), "critical write error") {
+		l.fail(errors.New(text))
+	}
+	l.log.Error("outbox: server error", "text", text)
+}
+
+func (l *storeLog) Warnf(format string, v ...any) {
+	text := fmt.Sprintf(format, v...)
+	if strings.Contains(text, "disabling JetStream") {
+		l.fail(errors.New(text))
+	}
+	l.log.Warn("outbox: server warns", "text", text)
 }
 
 // find looks at the stream, or makes it.
@@ -179,9 +229,13 @@ func (s *storeServer) find(ctx context.Context, cfg StoreConfig, data bool, firs
 	return err
 }
 
-func (s *storeServer) isGone() bool {
+// isGone tells whether it can still be asked, hasFailed whether it can still store.
+func (s *storeServer) isGone() bool    { return isClosed(s.gone) }
+func (s *storeServer) hasFailed() bool { return isClosed(s.failed) }
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-s.gone:
+	case <-c:
 		return true
 	default:
 		return false
@@ -211,8 +265,8 @@ func (s *storeServer) append(ctx context.Context, n uint64, record []byte, last 
 				continue // of an attempt that was given up
 			}
 			return readStoreAck(m)
-		case <-s.gone:
-			return 0, refused, errStoreStopped
+		case <-s.failed:
+			return 0, refused, s.cause()
 		case <-ctx.Done():
 			return 0, open, context.Cause(ctx)
 		case <-late.C:
@@ -251,7 +305,7 @@ func readStoreAck(m *nats.Msg) (uint64, verdict, error) {
 func (s *storeServer) get(ctx context.Context, seq uint64) (record []byte, found bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	m, err := s.nc.RequestWithContext(ctx, directGet+streamOut, fmt.Appendf(nil, `{"seq":%d}`, seq))
+	m, err := s.reads.RequestWithContext(ctx, directGet+streamOut, fmt.Appendf(nil, `{"seq":%d}`, seq))
 	if err != nil {
 		return nil, false, err
 	}
@@ -270,8 +324,8 @@ func (s *storeServer) get(ctx context.Context, seq uint64) (record []byte, found
 // read hands f the records of [next, last] and returns where to go on.
 func (s *storeServer) read(ctx context.Context, next, last uint64, f func(uint64, []byte) bool) (uint64, error) {
 	in := make(chan *nats.Msg, storeReadBatch+8)
-	inbox := s.nc.NewInbox() + "."
-	sub, err := s.nc.ChanSubscribe(inbox+"*", in)
+	inbox := s.reads.NewInbox() + "."
+	sub, err := s.reads.ChanSubscribe(inbox+"*", in)
 	if err != nil {
 		if s.isGone() {
 			err = errStoreStopped
@@ -284,7 +338,7 @@ func (s *storeServer) read(ctx context.Context, next, last uint64, f func(uint64
 	for n := uint64(0); next <= last; n++ {
 		reply := inbox + strconv.FormatUint(n, 36)
 		query := fmt.Appendf(nil, `{"seq":%d,"batch":%d,"max_bytes":%d}`, next, min(storeReadBatch, last-next+1), storeReadBytes)
-		if err := s.nc.PublishRequest(directGet+streamOut, reply, query); err != nil {
+		if err := s.reads.PublishRequest(directGet+streamOut, reply, query); err != nil {
 			if s.isGone() {
 				err = errStoreStopped
 			}
@@ -338,7 +392,7 @@ func (s *storeServer) read(ctx context.Context, next, last uint64, f func(uint64
 
 // purge removes the records up to and with that one and returns what is there after.
 func (s *storeServer) purge(upTo uint64) (first uint64, size int64, err error) {
-	js, err := jetstream.New(s.nc)
+	js, err := jetstream.New(s.reads)
 	if err != nil {
 		return 0, 0, err
 	}

@@ -10,10 +10,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -99,22 +101,22 @@ func TestStoreGivesBackWhatWasAppendedAlsoWhenOpenedAgain(t *testing.T) {
 		t.Errorf("a new store is %+v", st)
 	}
 	wantSequences(t, sequences(t, s, 0), 1, 0)
-	fill(t, s, 1, 2000) // more than a batch of reading, and than a block
-	wantSequences(t, sequences(t, s, 0), 1, 2000)
-	wantSequences(t, sequences(t, s, 1999), 1999, 2000)
-	wantSequences(t, sequences(t, s, 2001), 2001, 2000)
+	fill(t, s, 1, 700) // more than a batch of reading
+	wantSequences(t, sequences(t, s, 0), 1, 700)
+	wantSequences(t, sequences(t, s, 699), 699, 700)
+	wantSequences(t, sequences(t, s, 701), 701, 700)
 	before := s.State()
 	closeStore(t, s)
 
 	s = openedStore(t, cfg)
-	wantSequences(t, sequences(t, s, 0), 1, 2000)
-	if st := s.State(); st.First != 1 || st.Last != 2000 || st.Lost || st.Err != nil || st.Bytes != before.Bytes {
+	wantSequences(t, sequences(t, s, 0), 1, 700)
+	if st := s.State(); st.First != 1 || st.Last != 700 || st.Lost || st.Err != nil || st.Bytes != before.Bytes {
 		t.Errorf("opened again it is %+v, was %+v", st, before)
 	}
-	fill(t, s, 2001, 2001)
+	fill(t, s, 701, 701)
 	large := make([]byte, storeMaxRecord)
 	rand.NewChaCha8([32]byte{}).Read(large)
-	if seq, err := s.Append(deadline(t), large); err != nil || seq != 2002 {
+	if seq, err := s.Append(deadline(t), large); err != nil || seq != 702 {
 		t.Fatalf("the largest record: sequence %d, error %v", seq, err)
 	}
 	for _, record := range [][]byte{nil, append(large, 0)} {
@@ -122,7 +124,7 @@ func TestStoreGivesBackWhatWasAppendedAlsoWhenOpenedAgain(t *testing.T) {
 			t.Errorf("a record of %d bytes: %v", len(record), err)
 		}
 	}
-	if err := s.Read(deadline(t), 2002, func(_ uint64, record []byte) bool {
+	if err := s.Read(deadline(t), 702, func(_ uint64, record []byte) bool {
 		if !bytes.Equal(record, large) {
 			t.Error("the largest record is another now")
 		}
@@ -138,7 +140,7 @@ func TestStoreGivesBackWhatWasAppendedAlsoWhenOpenedAgain(t *testing.T) {
 			return err
 		}
 		raw, err := os.ReadFile(path)
-		if bytes.Contains(raw, storeRecord(2001)[100:200]) {
+		if bytes.Contains(raw, storeRecord(701)[100:200]) {
 			t.Errorf("%s holds a record in clear", path)
 		}
 		return err
@@ -152,37 +154,37 @@ func TestStorePurgesItsFrontOnly(t *testing.T) {
 	t.Parallel()
 	cfg := storeIn(t.TempDir())
 	s := openedStore(t, cfg)
-	fill(t, s, 1, 3000)
-	for _, upTo := range []uint64{10, 5, 2500} {
+	fill(t, s, 1, 800)
+	for _, upTo := range []uint64{10, 5, 600} {
 		if err := s.Purge(upTo); err != nil {
 			t.Fatal(err)
 		}
 	}
 	size := s.State().Bytes
-	wantSequences(t, sequences(t, s, 0), 2501, 3000)
+	wantSequences(t, sequences(t, s, 0), 601, 800)
 	closeStore(t, s)
 	s = openedStore(t, cfg)
-	if st := s.State(); st.First > 2501 || st.Last != 3000 || st.Lost {
+	if st := s.State(); st.First > 601 || st.Last != 800 || st.Lost {
 		t.Fatalf("opened again it is %+v", st)
 	}
-	if err := s.Purge(2500); err != nil {
+	if err := s.Purge(600); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.State(); st.First != 2501 || st.Bytes != size {
-		t.Errorf("state %+v, want first 2501, bytes %d", st, size)
+	if st := s.State(); st.First != 601 || st.Bytes != size {
+		t.Errorf("state %+v, want first 601, bytes %d", st, size)
 	}
 	if err := s.Purge(1 << 40); err != nil { // all
 		t.Fatal(err)
 	}
-	if st := s.State(); st.First != 3001 || st.Last != 3000 || st.Bytes != 0 {
+	if st := s.State(); st.First != 801 || st.Last != 800 || st.Bytes != 0 {
 		t.Errorf("all purged: %+v", st)
 	}
 	closeStore(t, s)
 	s = openedStore(t, cfg)
-	if st := s.State(); st.Last != 3000 || st.Lost {
+	if st := s.State(); st.Last != 800 || st.Lost {
 		t.Errorf("all purged and opened again: %+v", st)
 	}
-	fill(t, s, 3001, 3001)
+	fill(t, s, 801, 801)
 }
 
 func TestStoreIsFullAtItsBoundAndTakesRecordsAgainAfterAPurge(t *testing.T) {
@@ -370,18 +372,21 @@ func TestStoreIsReadAndPurgedWhileItIsWritten(t *testing.T) {
 	if s.Durability() != "interval" {
 		t.Errorf("durability %q", s.Durability())
 	}
-	const n = 3000
-	ctx, cancel := context.WithCancel(deadline(t))
+	const n = 2000
+	purges, done := make(chan uint64, n), make(chan struct{})
 	var others sync.WaitGroup
 	others.Go(func() {
-		for ctx.Err() == nil {
+		for over := false; !over; {
+			select {
+			case <-done:
+				over = true // after a last time
+			default:
+			}
 			var before uint64
 			if err := s.Read(t.Context(), 0, func(seq uint64, record []byte) bool {
-				if before > 0 && seq != before+1 {
-					// What was purged meanwhile may be missing, nothing else.
-					if first := s.State().First; seq > first {
-						t.Errorf("record %d after %d, first is %d", seq, before, first)
-					}
+				// What was purged meanwhile may be missing, nothing else.
+				if before > 0 && seq != before+1 && seq > s.State().First {
+					t.Errorf("record %d after %d, first is %d", seq, before, s.State().First)
 				}
 				before = seq
 				return bytes.Equal(record, storeRecord(seq)) || t.Failed()
@@ -392,22 +397,195 @@ func TestStoreIsReadAndPurgedWhileItIsWritten(t *testing.T) {
 		}
 	})
 	others.Go(func() {
-		for ctx.Err() == nil {
-			if last := s.State().Last; last > 100 {
-				if err := s.Purge(last - 100); err != nil {
-					t.Error(err)
-					return
-				}
+		for upTo := range purges {
+			if err := s.Purge(upTo); err != nil {
+				t.Error(err)
 			}
 		}
 	})
-	fill(t, s, 1, n)
-	cancel()
+	for last := uint64(100); last <= n; last += 100 {
+		fill(t, s, last-99, last)
+		purges <- last - 100
+	}
+	close(purges)
+	close(done)
 	others.Wait()
+	if st := s.State(); st.First != n-99 {
+		t.Errorf("in the end: %+v", st)
+	}
 	closeStore(t, s)
 	s = openedStore(t, cfg)
 	if st := s.State(); st.Last != n || st.Lost {
 		t.Errorf("opened again: %+v", st)
+	}
+}
+
+func TestStoreRecordOfUnknownOutcomeIsStoredOnceWhenItIsAppendedAgain(t *testing.T) {
+	t.Parallel()
+	cfg := storeIn(t.TempDir())
+	s := openedStore(t, cfg)
+	unknown, never := 0, 0
+	for n := uint64(1); n <= 400; n++ {
+		for {
+			ctx, cancel := context.WithTimeout(deadline(t), time.Duration(rand.IntN(400))*time.Microsecond)
+			seq, err := s.Append(ctx, storeRecord(n))
+			cancel()
+			if err == nil && seq != n {
+				t.Fatalf("record %d has sequence %d", n, seq)
+			}
+			if err == nil {
+				break
+			}
+			switch {
+			case errors.Is(err, ErrUnknown):
+				if unknown++; unknown == 1 {
+					if _, err := s.Append(deadline(t), []byte("another")); !errors.Is(err, ErrInvalid) {
+						t.Errorf("another record while the outcome is unknown: %v", err)
+					}
+				}
+			case errors.Is(err, ErrStoreUnwell):
+				never++
+			default:
+				t.Fatal(err)
+			}
+		}
+	}
+	if unknown == 0 {
+		t.Error("no outcome was unknown: nothing was tested")
+	}
+	t.Logf("unknown %d times, never asked %d times", unknown, never)
+	wantSequences(t, sequences(t, s, 0), 1, 400)
+	closeStore(t, s)
+	wantSequences(t, sequences(t, openedStore(t, cfg), 0), 1, 400)
+}
+
+func TestStoreSaysWhenTheDiskHasLostRecords(t *testing.T) {
+	t.Parallel()
+	origin := storeIn(t.TempDir())
+	origin.MaxBytes = 20 << 20 // blocks of 4 MiB
+	s := openedStore(t, origin)
+	record := make([]byte, 220<<10)
+	const n = 22 // two blocks
+	at := func(seq uint64) []byte {
+		binary.BigEndian.PutUint64(record, seq)
+		return record
+	}
+	for seq := uint64(1); seq <= n; seq++ {
+		if _, err := s.Append(deadline(t), at(seq)); err != nil {
+			t.Fatalf("record %d: %v", seq, err)
+		}
+		if seq == n/2 {
+			if err := s.Purge(5); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	closeStore(t, s)
+	found, err := blockFiles(blocksDir(origin.Dir))
+	if err != nil || len(found) != 2 {
+		t.Fatalf("blocks %v, error %v", found, err)
+	}
+	flip := func(path string, at int64) error {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if at < 0 {
+			at += int64(len(raw))
+		}
+		raw[at] ^= 0x20
+		return os.WriteFile(path, raw, 0o600)
+	}
+	cut := func(path string, n int64) error {
+		info, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		return os.Truncate(path, info.Size()-n)
+	}
+	type rows []struct {
+		name string
+		harm func(block func(n int) string, dir string) error
+	}
+	all := rows{
+		{"a bit of the first block's begin", func(b func(int) string, _ string) error { return flip(b(0), 30) }},
+		{"the first length in the first block", func(b func(int) string, _ string) error { return flip(b(0), 2) }},
+		{"a bit of the last record", func(b func(int) string, _ string) error { return flip(b(1), -30) }},
+		{"the end of the last block", func(b func(int) string, _ string) error { return cut(b(1), 5) }},
+		{"the end of the first block", func(b func(int) string, _ string) error { return cut(b(0), 350<<10) }},
+		{"the first block", func(b func(int) string, _ string) error { return os.Remove(b(0)) }},
+		{"the last block's content", func(b func(int) string, _ string) error { return os.Truncate(b(1), 0) }},
+		{"the key of the last block", func(b func(int) string, _ string) error {
+			return flip(strings.TrimSuffix(b(1), ".blk")+".key", 30)
+		}},
+		{"the key of the first block", func(b func(int) string, _ string) error {
+			return os.Remove(strings.TrimSuffix(b(0), ".blk") + ".key")
+		}},
+		{"all", func(_ func(int) string, dir string) error { return os.RemoveAll(filepath.Join(dir, "jetstream")) }},
+	}
+	for _, row := range all {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			if err := os.CopyFS(dir, os.DirFS(filepath.Dir(origin.Dir))); err != nil {
+				t.Fatal(err)
+			}
+			cfg := storeIn(dir)
+			cfg.MaxBytes = origin.MaxBytes
+			if err := os.Chmod(cfg.KeyFile, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			found, err := blockFiles(blocksDir(cfg.Dir))
+			if err != nil {
+				t.Fatal(err)
+			}
+			numbers := slices.Sorted(maps.Keys(found))
+			if err := row.harm(func(n int) string { return found[numbers[n]] }, cfg.Dir); err != nil {
+				t.Fatal(err)
+			}
+			s, err := OpenStore(deadline(t), cfg)
+			if err != nil {
+				if !strings.Contains(err.Error(), "is damaged") {
+					t.Error(err)
+				}
+				return
+			}
+			if st := s.State(); !st.Lost {
+				t.Errorf("nothing is lost, it says: %+v", st)
+			}
+			there := 0
+			if err := s.Read(deadline(t), 0, func(seq uint64, record []byte) bool {
+				there++
+				if seq != binary.BigEndian.Uint64(record) {
+					t.Errorf("record %d is that of %d", seq, binary.BigEndian.Uint64(record))
+				}
+				return true
+			}); err != nil {
+				t.Error(err)
+			}
+			if there >= n-5 {
+				t.Errorf("all %d records are there", there)
+			}
+			closeStore(t, s)
+			s = openedStore(t, cfg)
+			if !s.State().Lost {
+				t.Error("not told again, although nothing was appended")
+			}
+			if _, err := s.Append(deadline(t), []byte("the loss is known")); err != nil {
+				t.Fatal(err)
+			}
+			if s.State().Lost {
+				t.Error("lost after an append")
+			}
+			closeStore(t, s)
+			s = openedStore(t, cfg)
+			if st := s.State(); st.Lost {
+				t.Errorf("told twice: %+v", st)
+			}
+			if _, err := s.Append(deadline(t), []byte("x")); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
