@@ -108,7 +108,6 @@ type Store struct {
 	pending []byte    // the record of unknown outcome; nil: none
 	tried   time.Time // when the server was last started
 	asked   uint64    // appends asked of the server
-	dirs    time.Time // of the folder of blocks, when its entries were last on the disk
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -229,7 +228,6 @@ func (s *Store) start(ctx context.Context, data bool, first uint64) error {
 	if err != nil {
 		return err
 	}
-	s.dirs = time.Time{}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.now, s.why = now, nil
@@ -304,10 +302,6 @@ func (s *Store) append(ctx context.Context, record []byte, share int64) (uint64,
 	seq, v, err := now.append(ctx, s.asked, record, last)
 	switch {
 	case v == stored && seq == last+1:
-		if err := s.entries(now); err != nil {
-			s.fail(record, err)
-			return s.settle(ctx, record, share)
-		}
 		return s.appended(seq, record), nil
 	case v == missed && s.pending == nil: // it never left
 		return 0, fmt.Errorf("%w: %w", ErrStoreUnwell, err)
@@ -412,10 +406,6 @@ func (s *Store) find(ctx context.Context, now *storeServer, last uint64, record 
 	case !bytes.Equal(there, record):
 		return 0, s.giveUp(fmt.Errorf("record %d is another than the one that was appended: restart", last+1))
 	}
-	if err := s.entries(now); err != nil {
-		s.fail(record, err)
-		return 0, s.undecided(err)
-	}
 	return s.appended(last+1, record), nil
 }
 
@@ -429,25 +419,6 @@ func (s *Store) giveUp(why error) error {
 	s.why, s.fatal = why, true
 	s.mu.Unlock()
 	return s.undecided(why)
-}
-
-// entries makes sure that the folder's entry of a new block is on the disk, which the server
-// leaves to the file system.
-func (s *Store) entries(now *storeServer) error {
-	if s.cfg.Sync == syncInterval {
-		return nil
-	}
-	info, err := os.Stat(now.blocks)
-	if err != nil {
-		return err
-	}
-	if changed := info.ModTime(); !changed.Equal(s.dirs) {
-		if err := syncDir(now.blocks); err != nil {
-			return err
-		}
-		s.dirs = changed
-	}
-	return nil
 }
 
 // appended notes that the disk has a record.

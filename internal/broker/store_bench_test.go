@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"strconv"
+	"sync"
 	"testing"
 
 	"github.com/nats-io/nats.go"
@@ -16,68 +18,145 @@ func benchStore(b *testing.B, sync string) *Store {
 	return openedStore(b, cfg)
 }
 
-// BenchmarkStoreAppend is one record of the size of an event, or of 64; fsync is the floor
-// of the first: as many bytes written and synced.
-func BenchmarkStoreAppend(b *testing.B) {
-	for _, events := range []int{1, 16, 64} {
-		record := bytes.Repeat(storeRecord(1), events)
-		b.Run(fmt.Sprintf("events=%d", events), func(b *testing.B) {
-			s := benchStore(b, syncAlways)
-			b.ReportAllocs()
-			for b.Loop() {
-				if _, err := s.Append(b.Context(), record); err != nil {
+// batches returns what stores events together the other way: as an atomic batch, a message
+// for each.
+func batches(b *testing.B, s *Store) (store func(events [][]byte)) {
+	nc := s.now.nc
+	js, err := jetstream.New(nc)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := js.CreateStream(b.Context(), jetstream.StreamConfig{
+		Name: "BATCH", Subjects: []string{"batch"}, AllowAtomicPublish: true, MaxBytes: 16 << 30,
+		Discard: jetstream.DiscardNew, Storage: jetstream.FileStorage,
+	}); err != nil {
+		b.Fatal(err)
+	}
+	n := 0
+	return func(events [][]byte) {
+		n++
+		for i, event := range events {
+			m := &nats.Msg{Subject: "batch", Data: event, Header: nats.Header{
+				"Nats-Batch-Id":       {strconv.Itoa(n)},
+				"Nats-Batch-Sequence": {strconv.Itoa(i + 1)},
+			}}
+			if i < len(events)-1 {
+				if err := nc.PublishMsg(m); err != nil {
 					b.Fatal(err)
 				}
+				continue
 			}
-			b.ReportMetric(float64(b.N*events)/b.Elapsed().Seconds(), "events/s")
-		})
-		// The other way to sync several events once: an atomic batch, a message for each.
-		b.Run(fmt.Sprintf("events=%d/batch", events), func(b *testing.B) {
-			s := benchStore(b, syncAlways)
-			js, err := jetstream.New(s.now.nc)
-			if err != nil {
-				b.Fatal(err)
+			m.Header["Nats-Batch-Commit"] = []string{"1"}
+			reply, err := nc.RequestMsg(m, storeTimeout)
+			if err != nil || bytes.Contains(reply.Data, []byte("error")) {
+				b.Fatalf("%v: %s", err, reply.Data)
 			}
-			if _, err := js.CreateStream(b.Context(), jetstream.StreamConfig{
-				Name: "BATCH", Subjects: []string{"batch"}, AllowAtomicPublish: true, MaxBytes: 16 << 30,
-				Discard: jetstream.DiscardNew, Storage: jetstream.FileStorage,
-			}); err != nil {
-				b.Fatal(err)
-			}
-			event, n := storeRecord(1), 0
-			b.ReportAllocs()
-			for b.Loop() {
-				n++
-				for i := 1; i <= events; i++ {
-					m := nats.NewMsg("batch")
-					m.Data = event
-					m.Header["Nats-Batch-Id"] = []string{fmt.Sprint(n)}
-					m.Header["Nats-Batch-Sequence"] = []string{fmt.Sprint(i)}
-					if i < events {
-						if err := s.now.nc.PublishMsg(m); err != nil {
-							b.Fatal(err)
+		}
+	}
+}
+
+// packed returns what stores events together as one record.
+func packed(b *testing.B, s *Store) (store func(events [][]byte)) {
+	return func(events [][]byte) {
+		if _, err := s.Append(b.Context(), bytes.Join(events, nil)); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkStoreProducers has 64 producers of events of 1.5 KB, each waiting for the sync of
+// its own before the next; what waits is stored together. An operation is an event.
+func BenchmarkStoreProducers(b *testing.B) {
+	for _, way := range []struct {
+		name string
+		make func(*testing.B, *Store) func([][]byte)
+	}{{"packed", packed}, {"batch", batches}} {
+		b.Run(way.name, func(b *testing.B) {
+			store := way.make(b, benchStore(b, syncAlways))
+			const producers = 64
+			in := make(chan chan struct{}, producers)
+			var committer, all sync.WaitGroup
+			commits := 0
+			committer.Go(func() {
+				var events [][]byte
+				var waiting []chan struct{}
+				for done := range in {
+					waiting = append(waiting[:0], done)
+					for more := true; more && len(waiting) < producers; {
+						select {
+						case done, ok := <-in:
+							if more = ok; ok {
+								waiting = append(waiting, done)
+							}
+						default:
+							more = false
 						}
-						continue
 					}
-					m.Header["Nats-Batch-Commit"] = []string{"1"}
-					reply, err := s.now.nc.RequestMsg(m, storeTimeout)
-					if err != nil || bytes.Contains(reply.Data, []byte("error")) {
-						b.Fatalf("%v: %s", err, reply.Data)
+					events = events[:0]
+					for range waiting {
+						events = append(events, storeRecord(1))
+					}
+					store(events)
+					commits++
+					for _, done := range waiting {
+						done <- struct{}{}
 					}
 				}
+			})
+			b.ResetTimer()
+			for p := range producers {
+				n := b.N / producers
+				if p < b.N%producers {
+					n++
+				}
+				all.Go(func() {
+					done := make(chan struct{}, 1)
+					for range n {
+						in <- done
+						<-done
+					}
+				})
 			}
-			b.ReportMetric(float64(b.N*events)/b.Elapsed().Seconds(), "events/s")
+			all.Wait()
+			close(in)
+			committer.Wait()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "events/s")
+			b.ReportMetric(float64(b.N)/float64(commits), "events/sync")
 		})
 	}
 }
 
-// BenchmarkStoreFloor writes and syncs what a record has, without a store.
+// BenchmarkStoreAppend stores n events of 1.5 KB with one sync; an operation is a sync.
+func BenchmarkStoreAppend(b *testing.B) {
+	for _, n := range []int{1, 16, 64} {
+		events := make([][]byte, n)
+		for i := range events {
+			events[i] = storeRecord(uint64(i))
+		}
+		b.Run(fmt.Sprintf("events=%d/packed", n), func(b *testing.B) {
+			store := packed(b, benchStore(b, syncAlways))
+			b.ReportAllocs()
+			for b.Loop() {
+				store(events)
+			}
+		})
+		b.Run(fmt.Sprintf("events=%d/batch", n), func(b *testing.B) {
+			store := batches(b, benchStore(b, syncAlways))
+			b.ReportAllocs()
+			for b.Loop() {
+				store(events)
+			}
+		})
+	}
+}
+
+// BenchmarkStoreFloor writes and syncs as much as one event, without a store.
 func BenchmarkStoreFloor(b *testing.B) {
 	f, err := openSide(b.TempDir())
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { f.close() })
+	b.Cleanup(func() { _ = f.close() })
 	record := storeRecord(1)
 	var at int64
 	for b.Loop() {
@@ -91,8 +170,8 @@ func BenchmarkStoreFloor(b *testing.B) {
 	}
 }
 
-// BenchmarkStoreAppendInterval is an append without its fsync.
-func BenchmarkStoreAppendInterval(b *testing.B) {
+// BenchmarkStoreAppendUnsynced is what an append costs beside its sync.
+func BenchmarkStoreAppendUnsynced(b *testing.B) {
 	s := benchStore(b, syncInterval)
 	record := storeRecord(1)
 	b.ReportAllocs()
@@ -103,7 +182,7 @@ func BenchmarkStoreAppendInterval(b *testing.B) {
 	}
 }
 
-// BenchmarkStoreRead reads small records; an operation is one record.
+// BenchmarkStoreRead reads records of 200 bytes; an operation is one.
 func BenchmarkStoreRead(b *testing.B) {
 	s := benchStore(b, syncInterval)
 	for range 20_000 {
@@ -121,7 +200,7 @@ func BenchmarkStoreRead(b *testing.B) {
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "records/s")
 }
 
-// BenchmarkStoreOpen opens a store of 100 MB, which is read whole.
+// BenchmarkStoreOpen closes and opens a store of 100 MB.
 func BenchmarkStoreOpen(b *testing.B) {
 	cfg := storeIn(b.TempDir())
 	cfg.MaxBytes, cfg.Sync = 1<<30, syncInterval

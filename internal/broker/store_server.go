@@ -204,6 +204,19 @@ func (s *storeServer) find(ctx context.Context, cfg StoreConfig, data bool, firs
 	if err != nil {
 		return err
 	}
+	// The server syncs what it writes and the folders that it writes to. It does not sync those
+	// above, which it has made as well.
+	for dir := s.blocks; ; dir = filepath.Dir(dir) {
+		if err := syncDir(dir); err != nil {
+			return fmt.Errorf("the disk cannot be written: %w", err)
+		}
+		if dir == filepath.Clean(cfg.Dir) {
+			break
+		}
+	}
+	if err := syncDir(filepath.Dir(filepath.Clean(cfg.Dir))); err != nil {
+		return fmt.Errorf("the disk cannot be written: %w", err)
+	}
 	info, err := st.Info(ctx, jetstream.WithDeletedDetails(true))
 	if err != nil {
 		return err
