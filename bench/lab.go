@@ -114,6 +114,17 @@ func (c *crew) file(name string) string { return filepath.Join(c.dir, name) }
 
 // start runs a program and waits until http://admin/readyz says 200. label names its log.
 func (c *crew) start(ctx context.Context, program, label, admin string, args ...string) (*stack.Process, error) {
+	p, err := c.launch(ctx, program, label, args...)
+	if err != nil {
+		return nil, err
+	}
+	ready, cancel := context.WithTimeout(ctx, readyLimit)
+	defer cancel()
+	return p, p.WaitReady(ready, "http://"+admin+"/readyz")
+}
+
+// launch runs a program and does not wait.
+func (c *crew) launch(ctx context.Context, program, label string, args ...string) (*stack.Process, error) {
 	path, err := c.lab.program(ctx, program)
 	if err != nil {
 		return nil, err
@@ -125,9 +136,7 @@ func (c *crew) start(ctx context.Context, program, label, admin string, args ...
 	c.mu.Lock()
 	c.all = append(c.all, p)
 	c.mu.Unlock()
-	ready, cancel := context.WithTimeout(ctx, readyLimit)
-	defer cancel()
-	return p, p.WaitReady(ready, "http://"+admin+"/readyz")
+	return p, nil
 }
 
 const (
