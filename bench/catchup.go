@@ -138,17 +138,44 @@ func fillOutbox(ctx context.Context, c *crew, sites []string, more map[string]an
 	return o, os.Rename(c.file("edge-data"), o.filled)
 }
 
-// run starts the edge on what is in its data folder, without a hub.
+// run starts the edge on what is in its data folder, without a hub, and waits until nothing
+// but the hub is missing.
 func (o *outbox) run(ctx context.Context) error {
 	var err error
 	if o.edge.process, err = o.crew.launch(ctx, "edge", "edge", "run", "--config", o.edge.file); err != nil {
 		return err
 	}
-	// Keys have to have come, and the log has to be read: an edge without a hub says so by
-	// answering, not by being ready.
-	ready, cancel := context.WithTimeout(ctx, readyLimit)
-	defer cancel()
-	return o.edge.process.WaitReady(ready, "http://"+o.edge.admin+"/healthz")
+	return eventually(ctx, func() (bool, string, error) {
+		select {
+		case <-o.edge.process.Done():
+			return false, "", o.edge.process.Ended()
+		default:
+		}
+		failing, err := o.edge.failing(ctx)
+		if err != nil {
+			return false, fmt.Sprintf("the edge does not answer: %v", err), nil
+		}
+		delete(failing, "hub")
+		return len(failing) == 0, fmt.Sprintf("the edge is not ready, and not only because the hub is away: %v", failing), nil
+	})
+}
+
+// failing is what the edge says keeps it from being ready.
+func (e *edge) failing(ctx context.Context) (map[string]string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+e.admin+"/readyz", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	var answer struct {
+		Failing map[string]string `json:"failing"`
+	}
+	err = json.NewDecoder(resp.Body).Decode(&answer)
+	return answer.Failing, err
 }
 
 // become waits until the last order of the outbox is in a state, and so until the outbox
