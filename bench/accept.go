@@ -109,7 +109,7 @@ func (c *crew) runEdge(ctx context.Context, e *edge) (err error) {
 // roomy are settings of an edge that nobody reports to: nothing is ever settled, and it
 // has to hold it all.
 func roomy() map[string]any {
-	return map[string]any{"messages": 5_000_000, "outbox": map[string]any{"max_bytes": int64(16 << 30)}}
+	return map[string]any{"messages": 2_000_000, "outbox": map[string]any{"max_bytes": int64(16 << 30)}}
 }
 
 func openAccept(ctx context.Context, l *lab, name string) (_ *pair, err error) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -89,11 +90,19 @@ func buildAll(ctx context.Context, dir string) error {
 	return nil
 }
 
-// folder makes a new folder for one bench.
+// folder makes a new folder for one bench: what an earlier run left in the same -dir is
+// not used again, or its orders would be sent once more.
 func (l *lab) folder(name string) (string, error) {
-	l.count++
-	dir := filepath.Join(l.dir, fmt.Sprintf("%02d-%s", l.count, name))
-	return dir, os.MkdirAll(dir, 0o700)
+	if err := os.MkdirAll(l.dir, 0o700); err != nil {
+		return "", err
+	}
+	for {
+		l.count++
+		dir := filepath.Join(l.dir, fmt.Sprintf("%02d-%s", l.count, name))
+		if err := os.Mkdir(dir, 0o700); !errors.Is(err, fs.ErrExist) {
+			return dir, err
+		}
+	}
 }
 
 // crew are the processes of one bench.
