@@ -141,14 +141,8 @@ func openAccept(ctx context.Context, l *lab, name string) (_ *pair, err error) {
 	if err != nil {
 		return nil, err
 	}
-	product, err := newTills(ctx, c, f, e.address, e.tokens, e.process.PID(), h.books(f))
-	if err != nil {
-		return nil, err
-	}
-	other, err := newTills(ctx, c, f, floor.address, e.tokens, floor.process.PID(), floor.books(f))
-	if err != nil {
-		return nil, err
-	}
+	product := newTills(f, e.address, e.tokens, e.process.PID(), h.books(f))
+	other := newTills(f, floor.address, e.tokens, floor.process.PID(), floor.books(f))
 	return &pair{product: product.turn, floor: other.turn, close: c.close}, nil
 }
 
@@ -187,11 +181,10 @@ func openAcceptAway(ctx context.Context, l *lab, name string) (_ *pair, err erro
 	}
 	way.cut()
 	accepted := 0
-	t, err := newTills(ctx, c, f, e.address, e.tokens, e.process.PID(), books{stored: func(context.Context) (int, error) { return accepted, nil }})
-	if err != nil {
-		return nil, err
-	}
-	t.books.accepted = func(n int) { accepted += n }
+	t := newTills(f, e.address, e.tokens, e.process.PID(), books{
+		stored:   func(context.Context) (int, error) { return accepted, nil },
+		accepted: func(n int) { accepted += n },
+	})
 	return &pair{
 		product: t.turn,
 		close: func() error {
@@ -307,26 +300,20 @@ func (a *acceptFloor) books(f *fleet) books {
 // tills are the POS of one side, one at each site, and its state over the turns.
 type tills struct {
 	sites    []string
-	callers  []*caller
+	address  string
 	requests [][]byte
 	bodies   [][]byte
 	pid      int
 	books    books
 }
 
-func newTills(ctx context.Context, c *crew, f *fleet, address string, tokens []string, pid int, b books, headers ...string) (*tills, error) {
-	t := &tills{sites: f.sites, pid: pid, books: b}
+func newTills(f *fleet, address string, tokens []string, pid int, b books, headers ...string) *tills {
+	t := &tills{sites: f.sites, address: address, pid: pid, books: b}
 	for i, s := range f.sites {
-		one, err := dial(ctx, address)
-		if err != nil {
-			return nil, err
-		}
-		c.later(one.close)
-		t.callers = append(t.callers, one)
 		t.bodies = append(t.bodies, orderOf(s, 1, eventBytes))
 		t.requests = append(t.requests, orderRequest(address, tokens[i], "wait=0", t.bodies[i], headers...))
 	}
-	return t, nil
+	return t
 }
 
 // turn has all POS send, and then one of them alone.
@@ -339,7 +326,7 @@ func (t *tills) turn(ctx context.Context, turn time.Duration) (sample, error) {
 	if err != nil {
 		return nil, err
 	}
-	waits, took, err := t.send(ctx, len(t.callers), turn*7/10, unbounded)
+	waits, took, err := t.send(ctx, len(t.sites), turn*7/10, unbounded)
 	if err != nil {
 		return nil, err
 	}
@@ -383,7 +370,15 @@ const unbounded = 1 << 60
 
 // send has the first of the POS send for a time, or until most orders were accepted. It
 // returns how long each order waited for its 202, and how long it took in all.
-func (t *tills) send(ctx context.Context, pos int, turn time.Duration, most int64) ([]time.Duration, time.Duration, error) {
+func (t *tills) send(ctx context.Context, pos int, turn time.Duration, most int64) (_ []time.Duration, _ time.Duration, err error) {
+	callers := make([]*caller, pos)
+	for i := range callers {
+		// Now: a server closes what says nothing while the other side has its turn.
+		if callers[i], err = dial(ctx, t.address); err != nil {
+			return nil, 0, err
+		}
+		defer func() { err = errors.Join(err, callers[i].close()) }()
+	}
 	waits := make([][]time.Duration, pos)
 	errs := make([]error, pos)
 	var stop atomic.Bool
@@ -394,7 +389,7 @@ func (t *tills) send(ctx context.Context, pos int, turn time.Duration, most int6
 	for i := range pos {
 		wg.Go(func() {
 			for last := time.Now(); !stop.Load() && sent.Add(1) <= most; {
-				r, err := t.callers[i].call(t.requests[i])
+				r, err := callers[i].call(t.requests[i])
 				if err == nil {
 					err = r.wants(http.StatusAccepted)
 				}

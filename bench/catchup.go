@@ -106,10 +106,7 @@ func fillOutbox(ctx context.Context, c *crew, sites []string, more map[string]an
 		return nil, err
 	}
 	for _, part := range parts {
-		t, err := newTills(ctx, c, f, o.edge.address, o.edge.tokens, o.edge.process.PID(), books{}, part.headers...)
-		if err != nil {
-			return nil, err
-		}
+		t := newTills(f, o.edge.address, o.edge.tokens, o.edge.process.PID(), books{}, part.headers...)
 		waits, took, err := t.send(ctx, acceptPOS, fillLimit, int64(part.events))
 		if err != nil {
 			return nil, err
@@ -118,14 +115,9 @@ func fillOutbox(ctx context.Context, c *crew, sites []string, more map[string]an
 			return nil, fmt.Errorf("%d of %d orders were accepted in %v", len(waits), part.events, took)
 		}
 		o.fill = float64(len(waits)) / took.Seconds()
-		r, err := t.callers[0].call(t.requests[0])
-		if err == nil {
-			err = r.wants(http.StatusAccepted)
-		}
-		if err != nil {
+		if o.last, err = o.edge.order(ctx, t.requests[0]); err != nil {
 			return nil, err
 		}
-		o.last = r.id
 		if part.expires {
 			if err := o.become(ctx, "failed"); err != nil {
 				return nil, err
@@ -158,6 +150,20 @@ func (o *outbox) run(ctx context.Context) error {
 		delete(failing, "hub")
 		return len(failing) == 0, fmt.Sprintf("the edge is not ready, and not only because the hub is away: %v", failing), nil
 	})
+}
+
+// order has one order accepted, and returns its id.
+func (e *edge) order(ctx context.Context, request []byte) (id string, err error) {
+	till, err := dial(ctx, e.address)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, till.close()) }()
+	r, err := till.call(request)
+	if err == nil {
+		err = r.wants(http.StatusAccepted)
+	}
+	return r.id, err
 }
 
 // failing is what the edge says keeps it from being ready.
@@ -442,11 +448,6 @@ func openReturn(ctx context.Context, l *lab, name string) (_ *pair, err error) {
 				return nil, err
 			}
 			defer func() { err = errors.Join(err, r.end()) }()
-			till, err := dial(ctx, o.edge.address)
-			if err != nil {
-				return nil, err
-			}
-			defer till.close()
 			site := len(o.fleet.sites) - 1
 			arrivals := make(chan *nats.Msg, 2*(live+expired))
 			sub, err := r.hub.nc.ChanSubscribe("live.pos."+o.fleet.sites[site]+".order."+edgeName, arrivals)
@@ -461,19 +462,16 @@ func openReturn(ctx context.Context, l *lab, name string) (_ *pair, err error) {
 			if err != nil {
 				return nil, err
 			}
-			order, err := till.call(orderRequest(o.edge.address, o.edge.tokens[site], "wait=0", orderOf(o.fleet.sites[site], 1, eventBytes)))
-			if err == nil {
-				err = order.wants(http.StatusAccepted)
-			}
+			id, err := o.edge.order(ctx, orderRequest(o.edge.address, o.edge.tokens[site], "wait=0", orderOf(o.fleet.sites[site], 1, eventBytes)))
 			if err != nil {
 				return nil, err
 			}
-			limit, cancel := context.WithTimeoutCause(ctx, settleLimit, fmt.Errorf("the hub does not have order %s %v after it was accepted", order.id, settleLimit))
+			limit, cancel := context.WithTimeoutCause(ctx, settleLimit, fmt.Errorf("the hub does not have order %s %v after it was accepted", id, settleLimit))
 			defer cancel()
 			for {
 				select {
 				case m := <-arrivals:
-					if m.Header.Get("Kb-Id") != order.id {
+					if m.Header.Get("Kb-Id") != id {
 						continue
 					}
 				case <-limit.Done():

@@ -2,7 +2,18 @@
 
 package edge
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
-// faultNoDedupe: see fault_off.go.
-var faultNoDedupe = os.Getenv("FAULTSWITCH_OFF") == "dedupe"
+// See fault_off.go.
+var (
+	faultNoDedupe = os.Getenv("FAULTSWITCH_OFF") == "dedupe"
+	faultNoMark   = os.Getenv("FAULTSWITCH_OFF") == "mark"
+)
+
+func faultClock() (offset time.Duration, reboot bool) {
+	offset, err := time.ParseDuration(os.Getenv("FAULTSWITCH_CLOCK"))
+	return offset, err == nil
+}

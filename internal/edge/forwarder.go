@@ -1,13 +1,12 @@
 package edge
 
 import (
-	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/oklog/ulid/v2"
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
@@ -23,9 +21,9 @@ import (
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 )
 
-// position is a place in the outbox's log.
+// position is a place in the outbox's log. No event stands at the zero.
 type position struct {
-	record uint64 // sequence of the record; the first is 1 or later
+	record uint64 // sequence of the record; the first is 1
 	index  int    // of the entry in the record
 }
 
@@ -36,283 +34,234 @@ func (p position) before(q position) bool {
 // queued is an event of the outbox that the hub has to be told of.
 type queued struct {
 	pos     position
-	event   *broker.Event // as committed: numbered, tagged; Triple included
-	expired bool          // it is settled as failed, expired (fsynced): goes into a run, never out as itself
-	settled bool          // it has a final state from elsewhere (a report): only its number is of interest
-	unsent  bool          // it certainly was never sent
+	event   *broker.Event // as committed: numbered, tagged, with its triple
+	expired bool          // it is settled as failed on the edge's word: told by a run, never sent itself
+	settled bool          // it has an end from elsewhere, so the hub has had it: nothing is sent
 }
 
-// backlog is what the forwarder needs of the outbox. All methods are safe for concurrent
-// use.
+// backlog is what the forwarder needs of the outbox.
 type backlog interface {
 	epoch() string
 	// cursor: everything up to it is settled with the hub.
 	cursor() position
-	// next returns what comes after a position, in log order, without waiting; empty:
-	// nothing is there. At most most events and about maxBytes bytes, but at least one. What
-	// it has returned is expired by nobody but the forwarder.
+	// next returns what comes after a position, in the log's order, without waiting; empty:
+	// nothing is there. What it returns, nobody but the forwarder expires from then on.
 	next(ctx context.Context, after position, most, maxBytes int) ([]queued, error)
 	// wait returns when there is something after the position.
 	wait(ctx context.Context, after position) error
-	// sending is called before anything up to there is sent; it fsyncs a mark unless one
-	// covers it.
+	// sending is called before anything up to there is sent; the disk has a mark of it then.
 	sending(ctx context.Context, upTo position) error
-	// forwarded: the hub has, or was told of, everything up to there. It moves the cursor
-	// (logged soon) and the states.
+	// forwarded: the hub has, or was told of, everything up to there.
 	forwarded(upTo position)
-	// expire ends events as failed, reason expired: fsynced, then their POS are told. What
-	// is final already stays as it is.
-	expire(ctx context.Context, events []queued) error
-	// resend returns the events of the current epoch up to the cursor above number after
-	// that are unsettled, in order: the hub lost them.
+	// fail ends events on the edge's word: the disk has it, then the POS are told.
+	reject(ctx context.Context, events []queued, reason string) error
+	// resend returns the unsettled events of the current epoch up to the cursor and above
+	// number after, in order.
 	resend(ctx context.Context, site string, after uint64) ([]queued, error)
-	// last returns the last number given in the current epoch.
+	// last is the last number given in the current epoch, told the last one up to the cursor.
 	last(site string) uint64
-	// resumed: all open sites were looked up, and the hub is not ahead of the log.
+	told(site string) uint64
+	// resumed: the hub is not ahead of the log.
 	resumed()
-	// renew starts a new epoch: what is above the cursor, and not at the hub by its word (the
-	// last number it has of the ending epoch, by site), is numbered and tagged anew; positions
-	// change.
-	renew(ctx context.Context, why string, hub ...map[string]uint64) error
+	// renew starts a new epoch. hub says by site how far the hub is in the one that ends.
+	renew(ctx context.Context, why string, hub map[string]uint64) error
 	// open returns the sites that have unsettled events.
 	open() []string
 }
 
-// forwardHub is the hub as the forwarder needs it; *broker.Broker is one.
+// forwardHub is what the forwarder needs of the hub; *broker.Broker is one.
 type forwardHub interface {
 	Session(ctx context.Context) (context.Context, context.CancelFunc, error)
 	Reconnect() error
 	LastEvent(ctx context.Context, site, edge string) (*broker.Event, uint64, error)
-	PublishAfter(ctx context.Context, e *broker.Event, after uint64) (uint64, error)
-	PublishBatch(ctx context.Context, batch []broker.Next) (int, error)
+	PublishAfter(ctx context.Context, e *broker.Event, after uint64) (seq uint64, err error)
+	PublishBatch(ctx context.Context, batch []broker.Next) (done int, err error)
 }
 
 const (
-	chunkEvents  = 4096
-	chunkBytes   = 8 << 20
-	singly       = 32 // a backlog up to this is sent one by one
-	lookups      = 32 // at once
-	maxRun       = 1000
-	maxRunBytes  = 160 << 10 // sealed and encoded it fits into an event
-	forwardRetry = 50 * time.Millisecond
+	// fewEvents are sent one by one: a batch costs two round trips more.
+	fewEvents     = 16
+	batchEvents   = 4096
+	batchBytes    = 8 << 20
+	maxRun        = 1000 // events that one run stands for
+	lookAtOnce    = 32
+	lookLimit     = 5 * time.Second
+	lagLimit      = 3 * time.Second // for a replica of the hub to have what is known to be there
+	lagPause      = 50 * time.Millisecond
+	retryMin      = 50 * time.Millisecond
+	reasonRefused = "refused-by-hub" // the hub will never take the event
+)
+
+// Reasons of kb_edge_resyncs_total.
+const (
+	resyncLink    = "link"    // the connection ended
+	resyncBehind  = "behind"  // the hub has another last event than was thought
+	resyncUnknown = "unknown" // the hub did not say whether it has an event
+	resyncRefused = "refused" // the hub takes nothing now
+	resyncDisk    = "disk"    // the outbox cannot be read or marked
+	resyncLost    = "lost"    // the hub has lost events that it had acknowledged
+	resyncAhead   = "ahead"   // the hub is ahead of the outbox
 )
 
 type forwarderConfig struct {
-	Edge    string // required, as the next three
-	Hub     forwardHub
-	Backlog backlog
-	Keys    door.Keys
-	// Now is the hub's time, by which deadlines are judged. Required.
-	Now func() time.Time
-	// Rate bounds the events of a backlog by the second. 0: no bound.
-	Rate int
-	// Stall is how long nothing may be acknowledged before the link is made anew. Default 30s.
-	Stall time.Duration
-	// RetryMax bounds the pause before another attempt. Default 30s.
+	Edge     string
+	Hub      forwardHub
+	Backlog  backlog
+	Keys     door.Keys
+	Now      func() time.Time // hub time
+	Rate     int              // events a second of a backlog
+	Stall    time.Duration
 	RetryMax time.Duration
 	Log      *slog.Logger
-	Metrics  prometheus.Registerer // nil: not registered
+	Metrics  prometheus.Registerer
 }
 
-// forwarder brings the outbox to the hub: one walk over its log, first in first out, for
-// all sites. Whatever goes wrong ends a session; the next one asks the hub how far it has
-// come. Each site's first publish of a session carries the hub's last event as condition,
-// so that nothing is stored twice, late or out of order (I2), whatever the answer to that
-// question was: a replica that lags costs another attempt.
-//
-// An event is never sent once its deadline is over (I3); the hub is told of it by a run.
+// forwarder brings the outbox to the hub: one walk over the log, first in first out, behind
+// a cursor. The hub takes an event only after the one that it says is the edge's last of that
+// site, so whatever is lost, delayed or sent twice on the way: the hub has each number once, in
+// order (REVIEW 1; NATS.md 3.1). After every doubt it is asked anew how far it is.
 type forwarder struct {
 	// Fixed at birth.
-	cfg     forwarderConfig
-	limit   *rate.Limiter // nil: none
-	chunk   int
-	kick    chan struct{} // flush
-	linked  atomic.Bool
-	sent    *prometheus.CounterVec // by outcome
-	resyncs *prometheus.CounterVec // by reason
-	stalled prometheus.Counter
+	forwarderConfig
+	pace      *rate.Limiter
+	kick      chan struct{} // has a token: do not wait for the next attempt
+	forwarded *prometheus.CounterVec
+	resyncs   *prometheus.CounterVec
+	stalled   prometheus.Counter
 
-	mu sync.Mutex
-	// Guarded by mu.
-	busySince time.Time // since when there is something to send and nothing is acknowledged; zero: idle
-	troubles  string    // what is wrong now, "" when nothing is
+	progress atomic.Int64 // Unix ns of the last acknowledgement, or since there was nothing to send
+	busy     atomic.Bool  // a session has something to send
 
-	// Owned by run.
-	attempt int
+	mu      sync.Mutex
+	trouble error // Guarded by mu: why the hub was not told, nil when it was
 }
 
 func newForwarder(cfg forwarderConfig) (*forwarder, error) {
-	cfg.Stall = cmp.Or(cfg.Stall, 30*time.Second)
-	cfg.RetryMax = cmp.Or(cfg.RetryMax, 30*time.Second)
-	cfg.Log = cmp.Or(cfg.Log, slog.Default())
-	f := &forwarder{cfg: cfg, chunk: chunkEvents, kick: make(chan struct{}, 1),
-		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "kb_edge_forwarded_total", Help: "What the hub was told of: event, run (expired events in runs), present (it had it), rejected.",
-		}, []string{"outcome"}),
+	f := &forwarder{
+		forwarderConfig: cfg, kick: make(chan struct{}, 1),
+		pace: rate.NewLimiter(rate.Limit(cfg.Rate), max(cfg.Rate, 1)),
+		forwarded: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kb_edge_forwarded_total", Help: "Messages that the hub has been told of: event, expired (by a run), resent.",
+		}, []string{"as"}),
 		resyncs: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "kb_edge_resyncs_total", Help: "Sessions with the hub that ended, by reason; lost: the hub lost events, which were sent again.",
+			Name: "kb_edge_resyncs_total", Help: "How often the hub was asked anew how far it is, by reason.",
 		}, []string{"reason"}),
 		stalled: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "kb_edge_resync_stalled_total", Help: "Links made anew because nothing was acknowledged.",
+			Name: "kb_edge_resync_stalled_total", Help: "Connections given up because nothing was acknowledged over them.",
 		}),
 	}
-	if cfg.Rate > 0 {
-		f.chunk = max(singly+1, min(chunkEvents, cfg.Rate))
-		f.limit = rate.NewLimiter(rate.Limit(cfg.Rate), f.chunk)
-	}
 	if cfg.Metrics != nil {
-		for _, c := range []prometheus.Collector{f.sent, f.resyncs, f.stalled} {
+		for _, c := range []prometheus.Collector{f.forwarded, f.resyncs, f.stalled} {
 			if err := cfg.Metrics.Register(c); err != nil {
-				return nil, fmt.Errorf("forwarder: metrics: %w", err)
+				return nil, fmt.Errorf("metrics: %w", err)
 			}
 		}
 	}
 	return f, nil
 }
 
-// flush makes the forwarder go on now: it waits for no pause, and dials when it has no link.
-func (f *forwarder) flush() error {
-	select {
-	case f.kick <- struct{}{}:
-	default:
-	}
-	if f.linked.Load() {
-		return nil
-	}
-	return f.cfg.Hub.Reconnect()
-}
-
-// trouble says what is wrong, "" when nothing is.
-func (f *forwarder) trouble() string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.troubles
-}
-
-func (f *forwarder) setTrouble(text string) {
-	f.mu.Lock()
-	before := f.troubles
-	f.troubles = text
-	f.mu.Unlock()
-	switch {
-	case before == text:
-	case text == "":
-		f.cfg.Log.Info("forwarding goes on")
-	default:
-		f.cfg.Log.Warn("forwarding is held up; nothing is lost, and it is tried again", "reason", text)
-	}
-}
-
-// pending: there is something to send. progress: the hub acknowledged. idle: neither.
-func (f *forwarder) pending() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.busySince.IsZero() {
-		f.busySince = time.Now()
-	}
-}
-
-func (f *forwarder) progress() {
-	f.attempt = 0
-	f.mu.Lock()
-	f.busySince = time.Now()
-	f.mu.Unlock()
-	f.setTrouble("")
-}
-
-func (f *forwarder) idle() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.busySince = time.Time{}
-}
-
-var errRenewed = errors.New("a new epoch has begun")
-
-// run forwards until ctx ends, and returns nil then.
+// run forwards until ctx ends.
 func (f *forwarder) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	wg.Go(func() { f.watch(ctx) })
-	for {
-		link, end, err := f.cfg.Hub.Session(ctx)
-		if ctx.Err() != nil {
-			if err == nil {
-				end()
-			}
-			return nil
-		}
+	for attempt := 0; ; attempt++ {
+		link, end, err := f.Hub.Session(ctx)
 		if err != nil {
-			return fmt.Errorf("forward: %w", err)
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
 		}
-		f.linked.Store(true)
-		s := &session{forwarder: f, sites: make(map[string]*siteState), epoch: f.cfg.Backlog.epoch()}
-		err = s.run(link)
+		before := f.progress.Load()
+		err = f.session(link)
+		f.busy.Store(false)
 		lost := link.Err() != nil
 		end()
 		if ctx.Err() != nil {
 			return nil
 		}
-		if lost {
-			f.linked.Store(false)
-			f.idle()
+		if f.progress.Load() != before {
+			attempt = 0
 		}
-		f.ended(err, lost)
-		if !f.pause(ctx) {
-			return nil
+		reason := reasonOf(err, lost)
+		f.resyncs.WithLabelValues(reason).Inc()
+		if f.note(err) && !lost {
+			f.Log.Warn("outbox is not sent; it is tried again", "reason", reason, "err", err)
 		}
+		f.rest(ctx, attempt)
 	}
 }
 
-// ended says why a session ended.
-func (f *forwarder) ended(err error, lost bool) {
-	reason := "unknown"
-	switch {
-	case lost:
-		reason = "link"
-	case errors.Is(err, errRenewed):
-		reason = "epoch"
-	case errors.Is(err, broker.ErrBehind):
-		reason = "behind"
-	case errors.Is(err, broker.ErrAway):
-		reason = "away"
-	case errors.Is(err, broker.ErrDenied):
-		reason = "denied"
-		f.setTrouble("the hub does not let this edge publish: look at its permissions")
-	case errors.Is(err, broker.ErrRejected):
-		reason = "rejected"
-		f.setTrouble("hub back-pressure: it takes no events; look at the limits of its stream POS")
+// rest waits before another attempt, for a random time, unless it is to go on at once.
+func (f *forwarder) rest(ctx context.Context, attempt int) {
+	most := f.RetryMax
+	if attempt < 16 {
+		most = min(retryMin<<attempt, most)
 	}
-	if errors.Is(err, broker.ErrRejected) && !errors.Is(err, broker.ErrAway) {
-		f.idle() // it answered: another link would not help
-	}
-	f.resyncs.WithLabelValues(reason).Inc()
-	f.cfg.Log.Debug("session with the hub ended", "reason", reason, "attempt", f.attempt, "err", err)
-}
-
-// pause waits before the next session: full jitter. It returns false when ctx ended.
-func (f *forwarder) pause(ctx context.Context) bool {
-	most := f.cfg.RetryMax
-	if f.attempt < 16 {
-		most = min(forwardRetry<<f.attempt, most)
-	}
-	f.attempt++
 	t := time.NewTimer(mathrand.N(most) + time.Millisecond)
 	defer t.Stop()
 	select {
-	case <-ctx.Done():
-		return false
-	case <-f.kick:
-		f.attempt = 0
 	case <-t.C:
+	case <-f.kick:
+	case <-ctx.Done():
 	}
-	return true
 }
 
-// watch makes the link anew when it is believed alive and brings nothing.
+// flush lets the next attempt begin at once, over a new connection if there is none.
+func (f *forwarder) flush() {
+	select {
+	case f.kick <- struct{}{}:
+	default:
+	}
+}
+
+// note remembers why the hub was not told, and returns whether that is news.
+func (f *forwarder) note(err error) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	news := err != nil && (f.trouble == nil || f.trouble.Error() != err.Error())
+	f.trouble = err
+	return news
+}
+
+// why says why the hub is not told, nil when it is.
+func (f *forwarder) why() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.trouble
+}
+
+var (
+	errHubAhead = errors.New("the hub is ahead of the outbox")
+	errHubLost  = errors.New("the hub has lost events that it had acknowledged")
+	errBacklog  = errors.New("outbox")
+)
+
+func reasonOf(err error, lost bool) string {
+	switch {
+	case errors.Is(err, errHubAhead):
+		return resyncAhead
+	case errors.Is(err, errHubLost):
+		return resyncLost
+	case errors.Is(err, errBacklog):
+		return resyncDisk
+	case lost, errors.Is(err, broker.ErrAway):
+		return resyncLink
+	case errors.Is(err, broker.ErrBehind):
+		return resyncBehind
+	case errors.Is(err, broker.ErrRejected), errors.Is(err, broker.ErrInvalid):
+		return resyncRefused
+	}
+	return resyncUnknown
+}
+
+// watch ends a connection over which nothing is acknowledged any more, although it seems to
+// be there.
 func (f *forwarder) watch(ctx context.Context) {
-	tick := time.NewTicker(max(f.cfg.Stall/8, time.Millisecond))
+	tick := time.NewTicker(max(f.Stall/8, 10*time.Millisecond))
 	defer tick.Stop()
 	for {
 		select {
@@ -320,500 +269,392 @@ func (f *forwarder) watch(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		f.mu.Lock()
-		stalled := f.linked.Load() && !f.busySince.IsZero() && time.Since(f.busySince) >= f.cfg.Stall
-		if stalled {
-			f.busySince = time.Now()
-		}
-		f.mu.Unlock()
-		if !stalled {
+		if !f.busy.Load() || time.Since(time.Unix(0, f.progress.Load())) < f.Stall {
 			continue
 		}
 		f.stalled.Inc()
-		f.cfg.Log.Warn("the hub acknowledges nothing: the link is made anew", "after", f.cfg.Stall)
-		if err := f.cfg.Hub.Reconnect(); err != nil {
-			f.cfg.Log.Warn("reconnect", "err", err)
+		f.progress.Store(time.Now().UnixNano())
+		f.Log.Warn("nothing is acknowledged: the connection is made anew", "after", f.Stall, "err", f.why())
+		if err := f.Hub.Reconnect(); err != nil {
+			f.Log.Warn("connection not made anew", "err", err)
 		}
 	}
 }
 
-// session is what is known of the hub while one link holds.
-type session struct {
-	*forwarder
-	epoch string
-	// sites that were looked up.
-	sites map[string]*siteState
+// spot is how far the hub is with one site.
+type spot struct {
+	number uint64 // the last one of this epoch that it has; 0: none
+	after  uint64 // sequence of its last event in POS; 0: none
+	stale  bool   // after is not known any more, number is
 }
 
-// siteState is how far the hub has come with a site.
-type siteState struct {
-	site   string
-	number uint64 // the last one it has of my epoch
-	seq    uint64 // of its last event in POS
-	known  bool   // seq is
-	// Of the chunk under way.
-	run     []queued
-	touched bool
-}
-
-func (s *session) run(ctx context.Context) error {
-	b := s.cfg.Backlog
-	if sites := b.open(); len(sites) > 0 {
-		s.pending()
-		if err := s.lookUp(ctx, sites); err != nil {
-			return err
-		}
+// session forwards over one connection until that ends, or something is in doubt.
+func (f *forwarder) session(ctx context.Context) error {
+	f.progress.Store(time.Now().UnixNano())
+	f.busy.Store(true)
+	epoch := f.Backlog.epoch()
+	spots := make(map[string]*spot)
+	sites := f.Backlog.open()
+	if err := f.look(ctx, spots, sites, epoch); err != nil {
+		return err
 	}
-	b.resumed()
-	s.idle()
-	for after := b.cursor(); ; {
-		chunk, err := b.next(ctx, after, s.chunk, chunkBytes)
+	if err := f.compare(ctx, spots, sites); err != nil {
+		return err
+	}
+	f.Backlog.resumed()
+	f.note(nil)
+	at := f.Backlog.cursor()
+	for {
+		items, err := f.Backlog.next(ctx, at, batchEvents, batchBytes)
+		if err != nil {
+			return fmt.Errorf("%w: %w", errBacklog, err)
+		}
+		if len(items) == 0 {
+			f.busy.Store(false)
+			if err := f.Backlog.wait(ctx, at); err != nil {
+				return err
+			}
+			f.progress.Store(time.Now().UnixNano())
+			f.busy.Store(true)
+			continue
+		}
+		var fresh []string
+		for i := range items {
+			site := items[i].event.Site
+			if _, known := spots[site]; !known {
+				spots[site] = nil
+				fresh = append(fresh, site)
+			}
+		}
+		if len(fresh) > 0 {
+			if err := f.look(ctx, spots, fresh, epoch); err != nil {
+				return err
+			}
+			if err := f.compare(ctx, spots, fresh); err != nil {
+				return err
+			}
+		}
+		upTo := items[len(items)-1].pos
+		if err := f.Backlog.sending(ctx, upTo); err != nil {
+			return fmt.Errorf("%w: %w", errBacklog, err)
+		}
+		if len(items) > fewEvents {
+			err = f.send(ctx, spots, items, epoch)
+		} else {
+			for i := range items {
+				if err = f.send(ctx, spots, items[i:i+1], epoch); err != nil {
+					break
+				}
+				f.Backlog.forwarded(items[i].pos)
+			}
+		}
 		if err != nil {
 			return err
 		}
-		if len(chunk) == 0 {
-			s.idle()
-			s.setTrouble("")
-			if err := b.wait(ctx, after); err != nil {
-				return err
+		f.Backlog.forwarded(upTo)
+		f.progress.Store(time.Now().UnixNano())
+		f.note(nil)
+		at = upTo
+	}
+}
+
+// look asks the hub how far it is with each of the sites. A replica of the hub that lags is
+// asked again for a while, so that it does not look as if the hub had lost something.
+func (f *forwarder) look(ctx context.Context, spots map[string]*spot, sites []string, epoch string) error {
+	var mu sync.Mutex
+	var failed error
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, lookAtOnce)
+	for _, site := range sites {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			s, err := f.lookAt(ctx, site, epoch, f.Backlog.told(site))
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				failed = err
+				return
 			}
-			if chunk, err = b.next(ctx, after, s.chunk, chunkBytes); err != nil {
-				return err
-			}
-			if len(chunk) == 0 { // what is there was moved; its successors are to come
-				if !sleep(ctx, forwardRetry) {
-					return context.Cause(ctx)
-				}
-				continue
-			}
-		}
-		s.pending()
-		if err := s.lookUp(ctx, missing(s.sites, chunk)); err != nil {
-			return err
-		}
-		if err := s.send(ctx, chunk, false); err != nil {
-			return err
-		}
-		after = chunk[len(chunk)-1].pos
-		s.progress()
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
-}
-
-// missing returns the sites of a chunk that were not looked up.
-func missing(known map[string]*siteState, chunk []queued) []string {
-	var sites []string
-	var seen map[string]bool
-	for i := range chunk {
-		site := chunk[i].event.Site
-		if known[site] != nil || seen[site] {
-			continue
-		}
-		if seen == nil {
-			seen = make(map[string]bool)
-		}
-		seen[site] = true
-		sites = append(sites, site)
-	}
-	return sites
-}
-
-// look asks the hub for its last event of a site.
-func (s *session) look(ctx context.Context, site string) (siteState, error) {
-	e, seq, err := s.cfg.Hub.LastEvent(ctx, site, s.cfg.Edge)
-	at := siteState{site: site, seq: seq, known: true}
-	switch {
-	case err == nil && e.Epoch == s.epoch:
-		at.number = e.Seq
-	case err == nil, errors.Is(err, broker.ErrNone):
-	case errors.Is(err, broker.ErrMalformed) && seq > 0:
-		s.cfg.Log.Error("the hub's last event of this edge is none of its own: somebody else publishes in its name", "site", site, "seq", seq, "err", err)
-	default:
-		return at, err
-	}
-	return at, nil
-}
-
-// lookUp finds out how far the hub has come with sites, and sends again what it lost: of
-// the events up to the cursor those that are unsettled and above the hub's number. That
-// holds too when the hub has none of my epoch: what it keeps for 72 hours it has until after
-// the deadline, and unsettled ones end by themselves 72 hours later. So events that are
-// unsettled and not there were lost, or have come to their end.
-func (s *session) lookUp(ctx context.Context, sites []string) error {
-	if len(sites) == 0 {
-		return nil
-	}
-	found := make([]siteState, len(sites))
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(lookups)
-	for i, site := range sites {
-		g.Go(func() (err error) {
-			found[i], err = s.look(gctx, site)
-			return err
+			spots[site] = s
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	for i := range found {
-		s.sites[found[i].site] = &found[i]
-	}
-	b := s.cfg.Backlog
-	for i := range found {
-		at := &found[i]
-		if last := b.last(at.site); at.number > last {
-			s.cfg.Log.Error("the hub has more of this edge than its outbox: the disk was rolled back or copied",
-				"site", at.site, "seq", at.number, "last", last)
-			hub := make(map[string]uint64, len(s.sites))
-			for site, at := range s.sites {
-				hub[site] = at.number
+	wg.Wait()
+	return failed
+}
+
+func (f *forwarder) lookAt(ctx context.Context, site, epoch string, least uint64) (*spot, error) {
+	until := time.Now().Add(lagLimit)
+	for {
+		ask, cancel := context.WithTimeout(ctx, lookLimit)
+		last, seq, err := f.Hub.LastEvent(ask, site, f.Edge)
+		cancel()
+		s := &spot{}
+		switch {
+		case errors.Is(err, broker.ErrNone):
+		case errors.Is(err, broker.ErrMalformed):
+			s.after = seq // nothing of ours that counts
+		case err != nil:
+			return nil, fmt.Errorf("how far the hub is with site %s: %w", site, err)
+		default:
+			s.after = seq
+			if last.Epoch == epoch {
+				s.number = last.Seq
 			}
-			if err := b.renew(ctx, "the hub is ahead of the outbox", hub); err != nil {
-				return err
-			}
-			return errRenewed
+		}
+		if s.number >= least || time.Now().After(until) {
+			return s, nil
+		}
+		select {
+		case <-time.After(lagPause):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
 	}
-	for i := range found {
-		if err := s.again(ctx, &found[i]); err != nil {
-			return err
+}
+
+// compare draws the conclusions: a hub that is ahead of the outbox has seen a future that
+// the disk has lost; one that is behind has lost what it had.
+func (f *forwarder) compare(ctx context.Context, spots map[string]*spot, sites []string) error {
+	for _, site := range sites {
+		if n, last := spots[site].number, f.Backlog.last(site); n > last {
+			hub := make(map[string]uint64)
+			for site, s := range spots {
+				if s != nil {
+					hub[site] = s.number
+				}
+			}
+			why := fmt.Sprintf("the hub has number %d of site %s, the outbox gave none above %d: its disk was set back", n, site, last)
+			if err := f.Backlog.renew(ctx, why, hub); err != nil {
+				return fmt.Errorf("%w: %w", errBacklog, err)
+			}
+			return errHubAhead
+		}
+	}
+	for _, site := range sites {
+		s := spots[site]
+		told := f.Backlog.told(site)
+		if s.number >= told {
+			continue
+		}
+		items, err := f.Backlog.resend(ctx, site, s.number)
+		if err != nil {
+			return fmt.Errorf("%w: %w", errBacklog, err)
+		}
+		f.resyncs.WithLabelValues(resyncLost).Inc()
+		f.Log.Error("hub has lost events that it had acknowledged: what the outbox has of them is sent again", "site", site, "hub", s.number, "acknowledged", told, "messages", len(items))
+		for part := range chunks(items, batchEvents) {
+			if err := f.send(ctx, spots, part, f.Backlog.epoch()); err != nil {
+				return fmt.Errorf("%w: %w", errHubLost, err)
+			}
+			f.forwarded.WithLabelValues("resent").Add(float64(len(part)))
+			f.progress.Store(time.Now().UnixNano())
 		}
 	}
 	return nil
 }
 
-// again sends what the hub lost of a site. That it was lost, and not merely unseen by a
-// replica that lags, is certain when the hub has taken it under the condition.
-func (s *session) again(ctx context.Context, at *siteState) error {
-	for n := 0; ; n++ {
-		before := at.number
-		lost, err := s.cfg.Backlog.resend(ctx, at.site, before)
-		if err != nil || len(lost) == 0 {
-			return err
-		}
-		lost = lost[:min(len(lost), s.chunk)]
-		s.pending()
-		if err := s.send(ctx, lost, true); err != nil {
-			return err
-		}
-		if at.number == before {
-			return nil // nothing of it could be said
-		}
-		s.progress()
-		if n == 0 {
-			s.resyncs.WithLabelValues("lost").Inc()
-			s.cfg.Log.Error("the hub lost events that it had acknowledged: they were sent again; look at its disks and at what was restored there",
-				"site", at.site, "seq", before+1, "messages", len(lost))
+func chunks[T any](s []T, n int) func(func([]T) bool) {
+	return func(yield func([]T) bool) {
+		for len(s) > 0 {
+			k := min(n, len(s))
+			if !yield(s[:k]) {
+				return
+			}
+			s = s[k:]
 		}
 	}
 }
 
-// outgoing is one publish.
-type outgoing struct {
-	event  *broker.Event
-	at     *siteState
-	events int      // that it stands for
-	expire []queued // to be ended when the hub has it
+// run is events that expired at the edge, with consecutive numbers.
+type run struct {
+	site     string
+	items    []queued
+	from, to uint64
 }
 
-// send brings a chunk to the hub, and moves the cursor as far as it came. resent: the chunk
-// is from below the cursor, and its end is the bridge's to say: it may have delivered it.
-func (s *session) send(ctx context.Context, chunk []queued, resent bool) error {
-	live, mark := 0, position{}
-	for i := range chunk {
-		if q := &chunk[i]; s.wanted(q) && !q.expired && !s.over(q) {
-			live++
-			mark = q.pos
-		}
+// send brings items to the hub, in order: what is alive as itself, what has expired as runs.
+// What the hub has already is passed over.
+func (f *forwarder) send(ctx context.Context, spots map[string]*spot, items []queued, epoch string) error {
+	now := f.Now().UnixMilli()
+	batch := make([]broker.Next, 0, len(items))
+	var late []queued // ended by their run
+	runs := make(map[string]*run)
+	expired := 0
+	add := func(e *broker.Event) {
+		batch = append(batch, broker.Next{Event: e})
 	}
-	if s.limit != nil && len(chunk) > singly && live > 0 {
-		if err := s.limit.WaitN(ctx, min(live, s.limit.Burst())); err != nil {
-			return err
-		}
-	}
-	if live > 0 && !resent {
-		if err := s.cfg.Backlog.sending(ctx, mark); err != nil {
-			return err
-		}
-	}
-	// From here on the deadlines are looked at again: time has passed.
-	var ended []queued
-	over := make([]bool, len(chunk))
-	for i := range chunk {
-		q := &chunk[i]
-		over[i] = s.wanted(q) && !q.expired && s.over(q)
-		if over[i] && q.unsent && !resent {
-			ended = append(ended, *q)
-		}
-	}
-	if len(ended) > 0 {
-		if err := s.cfg.Backlog.expire(ctx, ended); err != nil {
-			return err
-		}
-	}
-
-	out := make([]outgoing, 0, len(chunk))
-	of := make([]int, len(chunk)) // which of out an entry is in; -1: none
-	var touched []*siteState
-	var in map[position]int
-	if len(chunk) > 0 {
-		in = make(map[position]int)
-	}
-	closeRun := func(at *siteState) error {
-		if len(at.run) == 0 {
-			return nil
-		}
-		run := at.run
-		at.run = nil
-		e, err := s.makeRun(at.site, run)
+	flush := func(r *run) error {
+		e, err := f.runOf(r, epoch)
 		if err != nil {
 			return err
 		}
-		if e == nil {
-			return nil
-		}
-		o := outgoing{event: e, at: at, events: len(run)}
-		for _, q := range run {
-			i := in[q.pos]
-			of[i] = len(out)
-			if over[i] && !q.unsent && !resent {
-				o.expire = append(o.expire, q)
-			}
-		}
-		out = append(out, o)
+		add(e)
+		expired += len(r.items)
+		delete(runs, r.site)
 		return nil
 	}
-	bytes := make(map[*siteState]int)
-	for i := range chunk {
-		q := &chunk[i]
-		of[i] = -1
-		if q.event.Epoch != s.epoch {
-			return errRenewed
-		}
-		at := s.sites[q.event.Site]
-		if !s.wanted(q) {
-			if !q.settled {
-				s.sent.WithLabelValues("present").Inc()
-			}
+	for _, q := range items {
+		e := q.event
+		if e.Epoch != epoch || e.Seq <= spots[e.Site].number || q.settled {
 			continue
 		}
-		if !at.touched {
-			at.touched = true
-			touched = append(touched, at)
-		}
-		if q.expired || over[i] {
-			size := len(q.event.ID) + len(q.event.Kind) + 80
-			if n := len(at.run); n > 0 && (n == maxRun || bytes[at]+size > maxRunBytes || at.run[n-1].event.Seq+1 != q.event.Seq) {
-				if err := closeRun(at); err != nil {
+		r := runs[e.Site]
+		if !q.expired && e.Deadline > now {
+			if r != nil {
+				if err := flush(r); err != nil {
 					return err
 				}
 			}
-			if len(at.run) == 0 {
-				bytes[at] = 0
-			}
-			bytes[at] += size
-			in[q.pos] = i
-			at.run = append(at.run, *q)
+			add(e)
 			continue
 		}
-		if err := closeRun(at); err != nil {
-			return err
+		if !q.expired {
+			late = append(late, q)
 		}
-		of[i] = len(out)
-		out = append(out, outgoing{event: q.event, at: at, events: 1})
-	}
-	for _, at := range touched {
-		at.touched = false
-		if err := closeRun(at); err != nil {
-			return err
-		}
-	}
-
-	done, err := s.publish(ctx, out, chunk)
-	for _, o := range out[:done] {
-		o.at.number = o.event.Seq
-		if o.event.Kind == broker.KindExpired {
-			s.sent.WithLabelValues("run").Add(float64(o.events))
-		} else {
-			s.sent.WithLabelValues("event").Inc()
-		}
-		if len(o.expire) > 0 {
-			if err := s.cfg.Backlog.expire(ctx, o.expire); err != nil {
+		if r != nil && (r.to+1 != e.Seq || len(r.items) >= maxRun) {
+			if err := flush(r); err != nil {
 				return err
 			}
+			r = nil
 		}
-	}
-	if !resent {
-		upTo := -1
-		for i := range chunk {
-			if of[i] >= done {
-				break
-			}
-			upTo = i
+		if r == nil {
+			r = &run{site: e.Site, from: e.Seq}
+			runs[e.Site] = r
 		}
-		if upTo >= 0 {
-			s.cfg.Backlog.forwarded(chunk[upTo].pos)
-		}
+		r.items, r.to = append(r.items, q), e.Seq
 	}
-	if done > 0 {
-		s.progress()
-	}
-	return err
-}
-
-// wanted tells whether the hub has to be told of q.
-func (s *session) wanted(q *queued) bool {
-	at := s.sites[q.event.Site]
-	return at != nil && q.event.Seq > at.number && (!q.settled || q.expired)
-}
-
-func (s *session) over(q *queued) bool { return s.cfg.Now().UnixMilli() >= q.event.Deadline }
-
-// publish returns how many of out the hub has, from the front.
-func (s *session) publish(ctx context.Context, out []outgoing, chunk []queued) (done int, err error) {
-	if len(out) <= singly {
-		for i, o := range out {
-			if !o.at.known {
-				if err := s.relook(ctx, o.at); err != nil {
-					return i, err
-				}
-			}
-			seq, err := s.cfg.Hub.PublishAfter(ctx, o.event, o.at.seq)
-			if err != nil {
-				return i, s.unfit(ctx, o, chunk, err)
-			}
-			o.at.seq = seq
-			o.at.number = o.event.Seq
-			s.progress()
-		}
-		return len(out), nil
-	}
-	batch := make([]broker.Next, len(out))
-	var touched []*siteState
-	for i, o := range out {
-		batch[i].Event = o.event
-		if o.at.touched {
-			continue
-		}
-		o.at.touched = true
-		touched = append(touched, o.at)
-		batch[i].First = true
-	}
-	for _, at := range touched {
-		at.touched = false
-	}
-	for i := range batch {
-		if !batch[i].First {
-			continue
-		}
-		at := out[i].at
-		if !at.known {
-			if err := s.relook(ctx, at); err != nil {
-				return 0, err
-			}
-		}
-		batch[i].After = at.seq
-	}
-	for _, at := range touched {
-		at.known = false
-	}
-	done, err = s.cfg.Hub.PublishBatch(ctx, batch)
-	if err != nil && done == 0 {
-		err = s.unfit(ctx, out[0], chunk, err)
-	}
-	return done, err
-}
-
-// relook finds the sequence of what was last stored by a batch. A replica that does not
-// have it yet is asked again.
-func (s *session) relook(ctx context.Context, at *siteState) error {
-	for n := 0; ; n++ {
-		now, err := s.look(ctx, at.site)
-		if err != nil {
+	for _, r := range runs {
+		if err := flush(r); err != nil {
 			return err
 		}
-		if now.number == at.number {
-			at.seq, at.known = now.seq, true
-			return nil
-		}
-		if n == 5 {
-			return fmt.Errorf("%w: site %s: it has number %d, not %d", broker.ErrBehind, at.site, now.number, at.number)
-		}
-		if !sleep(ctx, 10*time.Millisecond<<n) {
-			return context.Cause(ctx)
+	}
+	if len(batch) == 0 {
+		return nil
+	}
+	if len(items) > fewEvents {
+		if err := f.pace.WaitN(ctx, min(len(batch), f.pace.Burst())); err != nil {
+			return err
 		}
 	}
-}
-
-// unfit ends an event that cannot be put on the wire for what it is, so that it does not
-// block the line: the next session puts it into a run. A run that is unfit stays an error.
-func (s *session) unfit(ctx context.Context, o outgoing, chunk []queued, err error) error {
-	if !errors.Is(err, broker.ErrInvalid) || o.event.Kind == broker.KindExpired {
+	if err := f.publish(ctx, spots, batch, epoch); err != nil {
+		if len(batch) == 1 && errors.Is(err, broker.ErrInvalid) {
+			f.Log.Error("message can never be sent to the hub: it is given up", "site", items[0].event.Site, "id", items[0].event.ID, "reason", reasonRefused, "err", err)
+			if err := f.Backlog.reject(ctx, items, reasonRefused); err != nil {
+				return fmt.Errorf("%w: %w", errBacklog, err)
+			}
+		}
 		return err
 	}
-	for i := range chunk {
-		if chunk[i].event != o.event {
-			continue
+	f.forwarded.WithLabelValues("event").Add(float64(len(batch)))
+	f.forwarded.WithLabelValues("expired").Add(float64(expired))
+	if len(late) > 0 {
+		// The hub has the run, so nothing of them that is still on its way can be stored.
+		if err := f.Backlog.reject(ctx, late, reasonExpired); err != nil {
+			return fmt.Errorf("%w: %w", errBacklog, err)
 		}
-		s.sent.WithLabelValues("rejected").Inc()
-		s.cfg.Log.Error("an event cannot be sent to the hub as it is: it ends as failed; tell the store, it is not delivered",
-			"site", o.event.Site, "kind", o.event.Kind, "id", o.event.ID, "seq", o.event.Seq, "reason", "rejected-by-hub", "err", err)
-		return errors.Join(err, s.cfg.Backlog.expire(ctx, chunk[i:i+1]))
 	}
-	return err
+	return nil
 }
 
-// makeRun makes the event that tells of a run; nil when the site has no binding key here,
-// which leaves a hole in its numbers that the bridges raise an alarm for: the POS know.
-func (s *session) makeRun(site string, run []queued) (*broker.Event, error) {
-	keys := s.cfg.Keys.Site(site)
-	if keys == nil || keys.Binding == nil {
-		s.sent.WithLabelValues("rejected").Add(float64(len(run)))
-		s.cfg.Log.Error("the bridges are not told of expired events: the site has no binding key here; set the site again until its backlog is gone",
-			"site", site, "seq", run[0].event.Seq, "messages", len(run))
-		return nil, nil
-	}
-	body := make([]byte, 0, 96*len(run)+16)
-	body = append(body, `{"expired":[`...)
-	for i, q := range run {
-		if i > 0 {
-			body = append(body, ',')
+// publish stores a batch behind what the hub has, and moves the spots.
+func (f *forwarder) publish(ctx context.Context, spots map[string]*spot, batch []broker.Next, epoch string) error {
+	seen := make(map[string]bool)
+	var stale []string
+	for i := range batch {
+		site := batch[i].Event.Site
+		if !seen[site] {
+			seen[site] = true
+			batch[i].First = true
+			if spots[site].stale {
+				stale = append(stale, site)
+			}
 		}
-		// Ids and kinds are names: nothing in them needs an escape.
-		body = append(body, `{"id":"`...)
-		body = append(body, q.event.ID...)
-		body = append(body, `","kind":"`...)
-		body = append(body, q.event.Kind...)
-		body = append(body, `","accepted":`...)
-		body = strconv.AppendInt(body, q.event.Accepted, 10)
-		body = append(body, `,"deadline":`...)
-		body = strconv.AppendInt(body, q.event.Deadline, 10)
-		body = append(body, '}')
 	}
-	body = append(body, "]}"...)
-	key := keys.Binding.Current()
-	sealed, err := key.AppendSealPlain(nil, body)
+	if len(stale) > 0 {
+		known := make(map[string]uint64, len(stale))
+		for _, site := range stale {
+			known[site] = spots[site].number
+		}
+		again := make(map[string]*spot)
+		if err := f.look(ctx, again, stale, epoch); err != nil {
+			return err
+		}
+		for site, s := range again {
+			if s.number != known[site] {
+				return fmt.Errorf("%w: site %s is at %d, not %d", broker.ErrBehind, site, s.number, known[site])
+			}
+			spots[site] = s
+		}
+	}
+	for i := range batch {
+		if batch[i].First {
+			batch[i].After = spots[batch[i].Event.Site].after
+		}
+	}
+	if len(batch) <= fewEvents {
+		for i := range batch {
+			e := batch[i].Event
+			s := spots[e.Site]
+			seq, err := f.Hub.PublishAfter(ctx, e, s.after)
+			if err != nil {
+				return err
+			}
+			s.after, s.number = seq, e.Seq
+		}
+		return nil
+	}
+	done, err := f.Hub.PublishBatch(ctx, batch)
+	if done > 0 {
+		f.progress.Store(time.Now().UnixNano())
+	}
 	if err != nil {
-		return nil, fmt.Errorf("run of site %s: %w", site, err)
+		return err
+	}
+	for i := range batch {
+		s := spots[batch[i].Event.Site]
+		s.number, s.stale = batch[i].Event.Seq, true
+	}
+	return nil
+}
+
+// expiredEntry is one event in a run; docs/spec/runs.md.
+type expiredEntry struct {
+	ID       string `json:"id"`
+	Kind     string `json:"kind"`
+	Accepted int64  `json:"accepted"`
+	Deadline int64  `json:"deadline"`
+}
+
+// runOf makes the event that stands for a run: its ids are sealed, as everything is.
+func (f *forwarder) runOf(r *run, epoch string) (*broker.Event, error) {
+	site := f.Keys.Site(r.site)
+	if site == nil || site.Binding == nil {
+		return nil, fmt.Errorf("%w: site %s is not configured", errBacklog, r.site)
+	}
+	body := struct {
+		Expired []expiredEntry `json:"expired"`
+	}{make([]expiredEntry, len(r.items))}
+	for i, q := range r.items {
+		body.Expired[i] = expiredEntry{q.event.ID, q.event.Kind, q.event.Accepted, q.event.Deadline}
+	}
+	text, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	key := site.Binding.Current()
+	sealed, err := key.AppendSealPlain(nil, text)
+	if err != nil {
+		return nil, err
 	}
 	triple, err := envelope.ParseTriple(sealed, 0)
 	if err != nil {
-		return nil, fmt.Errorf("run of site %s: %w", site, err)
+		return nil, err
 	}
-	last := run[len(run)-1].event
+	last := r.items[len(r.items)-1].event
 	e := &broker.Event{Event: envelope.Event{
-		Site: site, Kind: broker.KindExpired, Edge: s.cfg.Edge, Epoch: last.Epoch, From: run[0].event.Seq, Seq: last.Seq,
-		ID: strings.ToLower(ulid.Make().String()), Accepted: last.Accepted, Deadline: last.Deadline, Via: "hub", Triple: triple,
+		Site: r.site, Kind: broker.KindExpired, Edge: f.Edge, Epoch: epoch, From: r.from, Seq: r.to,
+		ID: strings.ToLower(ulid.Make().String()), Accepted: last.Accepted, Deadline: last.Deadline, Via: via, Triple: triple,
 	}, Bind: key.ID()}
 	e.Tag = key.TagEvent(&e.Event)
 	return e, nil

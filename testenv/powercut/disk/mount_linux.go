@@ -50,7 +50,7 @@ func (d *Disk) Mount(dir string) (*Mount, error) {
 		EntryTimeout: &none, AttrTimeout: &none, NegativeTimeout: &none, NullPermissions: true,
 		RootStableAttr: &fs.StableAttr{Ino: s.root.ino},
 	})
-	server, err := fuse.NewServer(raw, "/dev/fd/"+strconv.Itoa(fd), &fuse.MountOptions{MaxWrite: 1 << 20, DisableXAttrs: true})
+	server, err := fuse.NewServer(raw, "/dev/fd/"+strconv.Itoa(fd), &fuse.MountOptions{DisableXAttrs: true, DisableSplice: true})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("disk: serve %s: %w", dir, err), syscall.Unmount(dir, syscall.MNT_DETACH))
 	}
