@@ -4,5 +4,5 @@ import "slices"
 
 // benches are all there are, in the order in which they run.
 func benches() []bench {
-	return slices.Concat(envelopeBenches(), acceptBenches(), catchupBenches(), deliverBenches(), wsBenches(), e2eBenches())
+	return slices.Concat(envelopeBenches(), acceptBenches(), deliverBenches(), wsBenches(), e2eBenches())
 }

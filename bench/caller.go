@@ -37,14 +37,11 @@ func newCaller(conn net.Conn) *caller {
 	return &caller{conn: conn, in: bufio.NewReaderSize(conn, 2048)}
 }
 
-// orderRequest is a whole request: POST /order. headers are more of them, as "Name: value".
-func orderRequest(address, token, prefer string, body []byte, headers ...string) []byte {
-	b := fmt.Appendf(nil, "POST /order HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nPrefer: %s\r\nContent-Length: %d\r\n",
+// orderRequest is a whole request: POST /order.
+func orderRequest(address, token, prefer string, body []byte) []byte {
+	b := fmt.Appendf(nil, "POST /order HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nPrefer: %s\r\nContent-Length: %d\r\n\r\n",
 		address, token, prefer, len(body))
-	for _, h := range headers {
-		b = append(append(b, h...), "\r\n"...)
-	}
-	return append(append(b, "\r\n"...), body...)
+	return append(b, body...)
 }
 
 // reply is what came back. body is valid until the next call.

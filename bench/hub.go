@@ -18,12 +18,9 @@ import (
 
 // hub is a hub and the bench's way into it.
 type hub struct {
-	address string // host:port
-	url     string
-	process *stack.Process // nil when it is somebody else's
-	pub     *broker.Broker // publishes as an edge does
-	nc      *nats.Conn
-	js      jetstream.JetStream // looks at what is stored
+	url string
+	pub *broker.Broker      // publishes as an edge does
+	js  jetstream.JetStream // looks at what is stored
 }
 
 // startHub runs a hub as a process of its own.
@@ -36,39 +33,29 @@ func (c *crew) startHub(ctx context.Context, label, sync string, partitions int)
 	if err != nil {
 		return nil, err
 	}
-	p, err := c.start(ctx, "hub", label, admin, "-admin", admin, "-listen", listen, "-sync", sync,
-		"-partitions", strconv.Itoa(partitions), "-data", c.file(label))
-	if err != nil {
+	if _, err := c.start(ctx, "hub", label, admin, "-admin", admin, "-listen", listen, "-sync", sync,
+		"-partitions", strconv.Itoa(partitions), "-data", c.file(label)); err != nil {
 		return nil, err
 	}
-	h, err := c.enter(ctx, listen)
-	if err != nil {
-		return nil, err
-	}
-	h.process = p
-	return h, nil
+	return c.enter(ctx, "nats://"+listen)
 }
 
 // enter connects to a hub that runs.
-func (c *crew) enter(ctx context.Context, address string) (*hub, error) {
-	h := &hub{address: address, url: "nats://" + address}
+func (c *crew) enter(ctx context.Context, url string) (*hub, error) {
+	h := &hub{url: url}
 	var err error
-	h.pub, err = broker.Connect(ctx, broker.ConnectConfig{HubConfig: broker.HubConfig{URLs: []string{h.url}}, Name: benchEdge, Log: slog.New(slog.DiscardHandler)})
+	h.pub, err = broker.Connect(ctx, broker.ConnectConfig{HubConfig: broker.HubConfig{URLs: []string{url}}, Name: benchEdge, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return nil, err
 	}
-	if h.nc, err = nats.Connect(h.url); err != nil {
-		return nil, errors.Join(err, h.pub.Close())
+	c.later(h.pub.Close)
+	nc, err := nats.Connect(url)
+	if err != nil {
+		return nil, err
 	}
-	c.later(h.leave)
-	h.js, err = jetstream.New(h.nc)
+	c.later(func() error { nc.Close(); return nil })
+	h.js, err = jetstream.New(nc)
 	return h, err
-}
-
-// leave ends the bench's connections to the hub. It may be called again.
-func (h *hub) leave() error {
-	h.nc.Close()
-	return h.pub.Close()
 }
 
 // stored is how many messages a stream holds.
@@ -78,31 +65,6 @@ func (h *hub) stored(ctx context.Context, stream string) (int, error) {
 		return 0, err
 	}
 	return int(s.CachedInfo().State.Msgs), nil
-}
-
-// bytes is how long all messages of a stream are together, as it stores them.
-func (h *hub) bytes(ctx context.Context, stream string) (uint64, error) {
-	s, err := h.js.Stream(ctx, stream)
-	if err != nil {
-		return 0, err
-	}
-	return s.CachedInfo().State.Bytes, nil
-}
-
-// lastHeader is the header of the last message of a subject, nil when there is none.
-func (h *hub) lastHeader(ctx context.Context, stream, subject string) (nats.Header, error) {
-	s, err := h.js.Stream(ctx, stream)
-	if err != nil {
-		return nil, err
-	}
-	m, err := s.GetLastMsgForSubject(ctx, subject)
-	switch {
-	case errors.Is(err, jetstream.ErrMsgNotFound):
-		return nil, nil
-	case err != nil:
-		return nil, fmt.Errorf("last message of %s: %w", subject, err)
-	}
-	return m.Header, nil
 }
 
 // last is the body of the last message of a subject.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -90,19 +89,11 @@ func buildAll(ctx context.Context, dir string) error {
 	return nil
 }
 
-// folder makes a new folder for one bench: what an earlier run left in the same -dir is
-// not used again, or its orders would be sent once more.
+// folder makes a new folder for one bench.
 func (l *lab) folder(name string) (string, error) {
-	if err := os.MkdirAll(l.dir, 0o700); err != nil {
-		return "", err
-	}
-	for {
-		l.count++
-		dir := filepath.Join(l.dir, fmt.Sprintf("%02d-%s", l.count, name))
-		if err := os.Mkdir(dir, 0o700); !errors.Is(err, fs.ErrExist) {
-			return dir, err
-		}
-	}
+	l.count++
+	dir := filepath.Join(l.dir, fmt.Sprintf("%02d-%s", l.count, name))
+	return dir, os.MkdirAll(dir, 0o700)
 }
 
 // crew are the processes of one bench.
@@ -123,17 +114,6 @@ func (c *crew) file(name string) string { return filepath.Join(c.dir, name) }
 
 // start runs a program and waits until http://admin/readyz says 200. label names its log.
 func (c *crew) start(ctx context.Context, program, label, admin string, args ...string) (*stack.Process, error) {
-	p, err := c.launch(ctx, program, label, args...)
-	if err != nil {
-		return nil, err
-	}
-	ready, cancel := context.WithTimeout(ctx, readyLimit)
-	defer cancel()
-	return p, p.WaitReady(ready, "http://"+admin+"/readyz")
-}
-
-// launch runs a program and does not wait.
-func (c *crew) launch(ctx context.Context, program, label string, args ...string) (*stack.Process, error) {
 	path, err := c.lab.program(ctx, program)
 	if err != nil {
 		return nil, err
@@ -145,7 +125,9 @@ func (c *crew) launch(ctx context.Context, program, label string, args ...string
 	c.mu.Lock()
 	c.all = append(c.all, p)
 	c.mu.Unlock()
-	return p, nil
+	ready, cancel := context.WithTimeout(ctx, readyLimit)
+	defer cancel()
+	return p, p.WaitReady(ready, "http://"+admin+"/readyz")
 }
 
 const (

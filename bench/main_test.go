@@ -100,8 +100,7 @@ func TestEveryRowCanBeReadAndJudged(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"envelope.seal", "envelope.open", "envelope.triple", "edge.accept", "edge.accept.p99", "edge.accept.one",
-		"edge.catchup", "edge.catchup.expired", "edge.return", "deliver", "deliver.dead",
+	for _, name := range []string{"envelope.seal", "envelope.open", "envelope.triple", "edge.accept.hub", "deliver", "deliver.dead",
 		"ws.fanout.1x1000", "ws.fanout.1x1000.p99", "ws.fanout.100x10", "ws.fanout.100x10.p99", "ws.idle", "order.e2e"} {
 		if !seen[name] {
 			t.Errorf("the design budgets %s, and there is no such row", name)

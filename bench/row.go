@@ -55,7 +55,6 @@ const (
 	ratioAtMost kind = iota
 	ratioAtLeast
 	valueAtMost
-	valueAtLeast
 	reported // no budget: printed for the reader
 )
 
@@ -79,8 +78,6 @@ func (b budget) text(u unit) string {
 		return "ratio>=" + strconv.FormatFloat(b.bound, 'f', 2, 64)
 	case valueAtMost:
 		return "value<=" + u.text(b.bound)
-	case valueAtLeast:
-		return "value>=" + u.text(b.bound)
 	}
 	return "none"
 }
@@ -102,8 +99,6 @@ func (b budget) holds(value, ratio float64) string {
 		ok = ratio >= b.bound
 	case valueAtMost:
 		ok = value <= b.bound
-	case valueAtLeast:
-		ok = value >= b.bound
 	case reported:
 		ok = !math.IsNaN(value)
 	}

@@ -1,6 +1,5 @@
 // Package bridge is the bridge program: the hub or the way to it, the sites' keys,
-// delivery to Kitchens, the gate for screens, the answers to edges that missed reports and
-// an eye on which edges there are, put together in one straight line.
+// delivery to Kitchens and the gate for screens, put together in one straight line.
 package bridge
 
 import (
@@ -100,11 +99,6 @@ func (b *Bridge) Run(ctx context.Context) (err error) {
 		}
 	}
 
-	fleet, err := newEdges(b.log, hub.Connected, b.metrics)
-	if err != nil {
-		return err
-	}
-
 	var settled atomic.Bool // the hub's assets are as they should be
 	g, ctx := errgroup.WithContext(ctx)
 	if b.cfg.Admin.Listen != "off" {
@@ -145,9 +139,6 @@ func (b *Bridge) Run(ctx context.Context) (err error) {
 		b.log.Info("hub ready", "durability", hub.Durability(), "partitions", hub.Partitions())
 		inner, ctx := errgroup.WithContext(ctx)
 		inner.Go(func() error { return deliver.Run(ctx) })
-		inner.Go(func() error { return hub.AnswerReplays(ctx) })
-		inner.Go(func() error { return hub.FollowBeacons(ctx, fleet.heard) })
-		inner.Go(func() error { return fleet.watch(ctx) })
 		if gate != nil {
 			inner.Go(func() error { return gate.Run(ctx) })
 		}

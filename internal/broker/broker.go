@@ -24,8 +24,7 @@ import (
 )
 
 const (
-	pingEvery    = 10 * time.Second // a dead link is noticed at the third: within 40 s
-	flushTimeout = 10 * time.Second // of a write
+	pingEvery    = 20 * time.Second // a dead link is noticed after two
 	dialTimeout  = 5 * time.Second
 	drainTimeout = 10 * time.Second
 	// apiTimeout bounds one request to JetStream. A lost one is asked again.
@@ -51,7 +50,6 @@ type Broker struct {
 	js         jetstream.JetStream
 	closed     chan struct{} // closed when nats.go has given the connection up
 	closing    atomic.Bool   // Close was called
-	oneByOne   atomic.Bool   // POS takes no batches
 
 	mu sync.Mutex // Guards what follows.
 	// The link is one connection's life; linked is closed while there is one.
@@ -126,8 +124,7 @@ func (b *Broker) options(cfg ConnectConfig) ([]nats.Option, error) {
 		nats.MaxReconnects(-1),      // the default gives up after two minutes
 		nats.IgnoreAuthErrorAbort(), // the default gives up after two refused logins: a rotation would end us
 		nats.ReconnectBufSize(-1),   // no sending later what its caller has given up
-		nats.PingInterval(cmp.Or(cfg.PingInterval, pingEvery)),
-		nats.FlusherTimeout(flushTimeout),
+		nats.PingInterval(pingEvery),
 		nats.MaxPingsOutstanding(2),
 		nats.DrainTimeout(drainTimeout),
 		nats.CustomReconnectDelay(func(attempt int) time.Duration { return jitter(attempt, time.Second, maxPause) }),

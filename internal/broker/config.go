@@ -40,9 +40,6 @@ type HubConfig struct {
 	// ReconnectMax bounds the random pause before a reconnect, whose ceiling doubles from 1 s up to it.
 	// Default 60 s; 1 s to an embedded hub.
 	ReconnectMax time.Duration `koanf:"reconnect_max"`
-	// PingInterval is how often the hub is asked whether it is still there; after two that it did
-	// not answer the connection counts as dead. Default 10 s; 100 ms to 1 m.
-	PingInterval time.Duration `koanf:"ping_interval"`
 
 	// Listen opens the embedded hub to others: host:port. "": in process only. Beyond loopback it
 	// requires users. Excludes urls.
@@ -221,9 +218,6 @@ func (c HubConfig) Validate() error {
 	}
 	if (c.CertFile == "") != (c.KeyFile == "") {
 		add("cert_file", "needs key_file, and key_file needs cert_file")
-	}
-	if c.PingInterval != 0 && (c.PingInterval < 100*time.Millisecond || c.PingInterval > time.Minute) {
-		add("ping_interval", "%v is out of range: 100ms to 1m", c.PingInterval)
 	}
 	if c.ReconnectMax < 0 {
 		add("reconnect_max", "%v is negative", c.ReconnectMax)

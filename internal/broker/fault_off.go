@@ -6,6 +6,3 @@ package broker
 // that it is noticed. Outside builds with the tag faultswitch it is a constant: nothing of
 // it is in a program.
 const faultNoReset = false
-
-// faultNoCompare publishes without looking at what the hub has.
-const faultNoCompare = false

@@ -6,6 +6,3 @@ import "os"
 
 // faultNoReset: see fault_off.go.
 var faultNoReset = os.Getenv("FAULTSWITCH_OFF") == "reset"
-
-// faultNoCompare: see fault_off.go.
-var faultNoCompare = os.Getenv("FAULTSWITCH_OFF") == "cas"

@@ -33,39 +33,25 @@ const AllPartitions = -1
 // returns nil. It begins somewhat before t, and leaves nothing on the hub. A malformed
 // report is counted, logged and passed over. When f fails it ends with f's error.
 func (b *Broker) ReportsSince(ctx context.Context, t time.Time, p int, f func(*Report) error) error {
-	err := b.reportsOf(ctx, reportFilter, t, 0, func(_ uint64, r *Report) error {
-		if p != AllPartitions && b.PartitionOf(r.Site) != p {
-			return nil
-		}
-		return f(r)
-	})
-	if err != nil {
-		return fmt.Errorf("reports since %v: %w", t, err)
-	}
-	return nil
-}
-
-// reportsOf hands f the reports under a filter, from sequence next on, or from somewhat
-// before t when that is 0, up to the last one stored when it was called.
-func (b *Broker) reportsOf(ctx context.Context, filter string, t time.Time, next uint64, f func(seq uint64, r *Report) error) error {
-	last, err := b.askLeader(ctx, streamKitchen, filter, 0)
+	last, err := b.askLeader(ctx, streamKitchen, reportFilter, 0)
 	if errors.Is(err, ErrNone) {
 		return nil
 	}
 	if err != nil {
-		return err
+		return fmt.Errorf("reports since %v: %w", t, err)
 	}
 	start := t.Add(-clockSlack)
 	if start.Before(time.Unix(0, 0)) {
 		start = time.Unix(0, 0)
 	}
-	if next == 0 && last.Stored.Before(start) {
+	if last.Stored.Before(start) {
 		return nil
 	}
+	next := uint64(0) // the sequence to go on from; 0: from the time
 	for next <= last.Seq {
-		read, err := b.readReports(ctx, filter, start, next, last.Seq, f)
+		read, err := b.readReports(ctx, start, next, last.Seq, p, f)
 		if err != nil {
-			return err
+			return fmt.Errorf("reports since %v: %w", t, err)
 		}
 		if read > 0 {
 			next = read + 1
@@ -77,15 +63,15 @@ func (b *Broker) reportsOf(ctx context.Context, filter string, t time.Time, next
 		if from == 0 {
 			from = 1
 		}
-		ahead, err := b.askLeader(ctx, streamKitchen, filter, from)
+		ahead, err := b.askLeader(ctx, streamKitchen, reportFilter, from)
 		if errors.Is(err, ErrNone) || err == nil && (ahead.Seq > last.Seq || ahead.Stored.After(last.Stored)) {
 			return nil
 		}
 		if err != nil {
-			return err
+			return fmt.Errorf("reports since %v: %w", t, err)
 		}
 		if !pause(ctx, readAgain) {
-			return context.Cause(ctx)
+			return fmt.Errorf("reports since %v: %w", t, context.Cause(ctx))
 		}
 	}
 	return nil
@@ -94,7 +80,7 @@ func (b *Broker) reportsOf(ctx context.Context, filter string, t time.Time, next
 // readReports reads one batch, from sequence next, or from the time start when that is
 // 0, and not beyond last. It returns the sequence of the last message that has come
 // without a hole before it; 0 when none has.
-func (b *Broker) readReports(ctx context.Context, filter string, start time.Time, next, last uint64, f func(uint64, *Report) error) (uint64, error) {
+func (b *Broker) readReports(ctx context.Context, start time.Time, next, last uint64, p int, f func(*Report) error) (uint64, error) {
 	life, end, err := b.session(ctx)
 	if err != nil {
 		return 0, err
@@ -106,7 +92,7 @@ func (b *Broker) readReports(ctx context.Context, filter string, start time.Time
 		NextFor  string     `json:"next_by_subj"`
 		Batch    int        `json:"batch"`
 		MaxBytes int        `json:"max_bytes"`
-	}{Seq: next, NextFor: filter, Batch: readBatch, MaxBytes: readBytes}
+	}{Seq: next, NextFor: reportFilter, Batch: readBatch, MaxBytes: readBytes}
 	if next == 0 {
 		query.Start = &start
 	}
@@ -157,7 +143,10 @@ func (b *Broker) readReports(ctx context.Context, filter string, start time.Time
 			b.malformedReport(at.subject, at.seq, err)
 			continue
 		}
-		if err := f(at.seq, r); err != nil {
+		if p != AllPartitions && b.PartitionOf(r.Site) != p {
+			continue
+		}
+		if err := f(r); err != nil {
 			return read, err
 		}
 	}

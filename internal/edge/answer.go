@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/kitchenbridge/kitchenbridge/internal/broker"
 	"github.com/kitchenbridge/kitchenbridge/internal/door"
 )
 
@@ -24,22 +25,22 @@ func (s *ingest) answer(w http.ResponseWriter, m view, site *site, location stri
 		}
 		f.Write(w)
 		return outcomeFailed
-	case stateAccepted, stateForwarded:
+	case stateAccepted:
 		w.Header().Set("Location", location)
-		writeJSON(w, site.acceptStatus, acceptedDocument{ID: m.id, State: stateAccepted, Durability: s.durability})
+		writeJSON(w, site.acceptStatus, acceptedDocument{ID: m.id, State: m.state, Durability: s.knownDurability()})
 		return outcomeAccepted
 	case stateRefused:
 		o, f := unavailable(m.refusal)
 		f.Write(w)
 		return o
 	default: // pending, unknown
-		detail := "The disk did not say whether it has the message. The edge goes on asking; send it again with the same Idempotency-Key to hear the outcome."
+		detail := "The hub did not say whether it has stored the message. The edge goes on asking; send it again with the same Idempotency-Key to hear the outcome."
 		if m.withoutKey {
-			detail = "The disk did not say whether it has the message. The edge goes on asking; look at the Location. Sent again without an Idempotency-Key it could reach the Kitchen twice."
+			detail = "The hub did not say whether it has stored the message. The edge goes on asking; look at the Location. Sent again without an Idempotency-Key it could reach the Kitchen twice."
 		}
 		w.Header().Set("Location", location)
-		f := problem(http.StatusServiceUnavailable, "disk-silent", detail)
-		f.RetryAfter = retryDisk
+		f := problem(http.StatusServiceUnavailable, "hub-silent", detail)
+		f.RetryAfter = retryHub
 		f.Ext["outcome"], f.Ext["id"] = "unknown", m.id
 		f.Write(w)
 		return outcomeUnknown
@@ -49,7 +50,16 @@ func (s *ingest) answer(w http.ResponseWriter, m view, site *site, location stri
 type acceptedDocument struct {
 	ID         string `json:"id"`
 	State      state  `json:"state"`
-	Durability string `json:"durability"` // fsync: the disk has it; interval: it will within a second
+	Durability string `json:"durability,omitempty"`
+}
+
+// knownDurability is what can be said of the hub's disk, "" when nothing can.
+func (s *ingest) knownDurability() string {
+	switch d := s.durability(); d {
+	case "fsync", "interval":
+		return d
+	}
+	return ""
 }
 
 // answerDelivered passes on the Kitchen's own answer.
@@ -84,21 +94,19 @@ func (s *ingest) answerDelivered(w http.ResponseWriter, m view) {
 
 // unavailable is the answer for what is certainly not stored.
 func unavailable(why error) (outcome, *door.Refusal) {
-	o, reason, detail, retry := outcomeNotStored, "disk", "The disk does not take it.", retryDisk
+	o, reason, detail, retry := outcomeNotStored, "hub-away", "The hub cannot be reached.", retryHub
 	switch {
 	case errors.Is(why, errNoKey):
 		o, reason, detail = outcomeKeys, "keys-none", "The site has no key that may seal now."
 	case errors.Is(why, errStopped):
 		reason, detail = "stopping", "The edge is stopping."
-	case errors.Is(why, errDraining):
-		reason, detail = "draining", "The edge is being drained and takes nothing new."
-	case errors.Is(why, errSlow):
-		reason, detail, retry = "disk-slow", "The disk did not take it in time.", retryBusy
-	case errors.Is(why, errSiteFull):
-		reason, detail = "site-full", "Messages of this site wait for the hub and fill its share of the outbox."
-	case errors.Is(why, errOutboxFull):
-		reason, detail = "outbox-full", "The outbox is full of messages that wait for the hub, or the disk is."
-	case errors.Is(why, errDisk):
+	case errors.Is(why, errTurn):
+		reason, detail, retry = "hub-slow", "Messages of this site before it took too long.", retryBusy
+	case errors.Is(why, errAway), errors.Is(why, broker.ErrAway):
+	case errors.Is(why, broker.ErrDenied):
+		reason, detail = "hub-forbidden", "This edge may not publish at the hub: its user there must be the edge's own name, in the role of an edge."
+	case errors.Is(why, broker.ErrRejected), errors.Is(why, broker.ErrInvalid):
+		reason, detail = "hub-refused", "The hub refused the message; it may be full."
 	default: // the POS that sent it first has gone
 		o, reason, detail = outcomeDisappeared, "gone", "The first attempt ended before it had its turn."
 	}
@@ -151,7 +159,6 @@ type messageDocument struct {
 	State         state      `json:"state"`
 	Overdue       bool       `json:"overdue,omitempty"`
 	Accepted      *time.Time `json:"accepted,omitempty"`
-	Forwarded     *time.Time `json:"forwarded,omitempty"`
 	Deadline      *time.Time `json:"deadline,omitempty"`
 	Settled       *time.Time `json:"settled,omitempty"`
 	Reason        string     `json:"reason,omitempty"`
@@ -170,7 +177,7 @@ func (m view) document(now time.Time) messageDocument {
 	return messageDocument{
 		ID: m.id, Kind: m.kind, State: m.state,
 		Overdue:  !m.state.final() && !m.deadline.IsZero() && now.After(m.deadline),
-		Accepted: moment(m.accepted), Forwarded: moment(m.forwarded), Deadline: moment(m.deadline), Settled: moment(m.settledAt),
+		Accepted: moment(m.accepted), Deadline: moment(m.deadline), Settled: moment(m.settledAt),
 		Reason: m.reason, KitchenStatus: m.kitchenStatus, Attempts: m.attempts,
 	}
 }

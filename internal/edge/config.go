@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -26,16 +25,6 @@ type Config struct {
 	// Name of this edge among all edges of the hub: ^[a-z0-9][a-z0-9_-]{0,62}$. Two edges
 	// never share one. Required.
 	Name string `koanf:"name"`
-
-	// Data is the folder of the outbox: what is accepted and not settled yet. One edge at a
-	// time uses it; whoever loses it loses orders. Default "edge-data".
-	Data string `koanf:"data"`
-
-	// Outbox is where accepted messages wait for the hub.
-	Outbox OutboxConfig `koanf:"outbox"`
-
-	// Forward says how the outbox is sent to the hub.
-	Forward ForwardConfig `koanf:"forward"`
 
 	// Listen are the addresses for POS. Default: one, 127.0.0.1:8080, for all sites.
 	Listen []ListenConfig `koanf:"listen"`
@@ -78,8 +67,9 @@ type Config struct {
 	// MaxWait is the longest a request may wait for the Kitchen. Default 30s, at most 5m.
 	MaxWait time.Duration `koanf:"max_wait"`
 
-	// CommitWait is how long a request waits for the disk. After it, the POS gets a 503.
-	// Default 5s, 100ms to 1m.
+	// CommitWait is how long a request waits to be stored: for the messages of its site
+	// before it, at most half of this, and for the hub's acknowledgement. After it, the
+	// POS gets a 503. Default 5s, 100ms to 1m.
 	CommitWait time.Duration `koanf:"commit_wait"`
 
 	// MaxRequests is how many requests are read and stored at once; more get a 503. Those
@@ -94,7 +84,7 @@ type Config struct {
 	// once with what is known, as under Prefer: wait=0. Default 16384.
 	MaxWaiting int `koanf:"max_waiting"`
 
-	// Messages is how many messages are remembered in memory, for GET /messages/{id} and to
+	// Messages is how many messages are remembered, for GET /messages/{id} and to
 	// recognize what comes again: settled ones for 24 hours, unsettled ones until they are
 	// settled. Beyond it the one settled first is forgotten; when all are unsettled, new
 	// requests get a 503. Default 100000, about 60 MB.
@@ -116,49 +106,6 @@ type Config struct {
 
 	// Metrics is shown under /metrics. nil: a registry of the edge's own.
 	Metrics *prometheus.Registry `koanf:"-"`
-}
-
-// OutboxConfig is the log on the disk in which accepted messages wait. It is encrypted, and a
-// message is acknowledged to the POS when it is in it (I1).
-type OutboxConfig struct {
-	// MaxBytes bounds it. Full, it refuses with 503: alerts and other kinds at nine tenths,
-	// orders at all of it. Nothing unsettled ever goes to make room. Default: what Rate,
-	// EventBytes and Horizon come to, at least 64 MiB.
-	MaxBytes int64 `koanf:"max_bytes"`
-	// Rate is how many messages a second the edge takes over a day, on average. Default 1.
-	Rate float64 `koanf:"rate"`
-	// EventBytes is how long a message is on average, sealed. Default 2048.
-	EventBytes int64 `koanf:"event_bytes"`
-	// Horizon is how long the hub may be away before the outbox is full. Default 72h.
-	Horizon time.Duration `koanf:"horizon"`
-	// Sync is "always" (default): an answer means that the disk has the message; or
-	// "interval": it will within a second, and each answer admits to it.
-	Sync string `koanf:"sync"`
-	// KeyFile is the key that the log is encrypted with, 0600, made when it is missing.
-	// Without it the log cannot be read. Default: out.key in Data.
-	KeyFile string `koanf:"key_file"`
-	// SiteShare is how much of MaxBytes the unsettled messages of one site may take, where
-	// there are several: 0.01 to 1. Default 0.5.
-	SiteShare float64 `koanf:"site_share"`
-}
-
-// ForwardConfig says how the outbox is sent to the hub.
-type ForwardConfig struct {
-	// Rate bounds how many messages a second of a backlog are sent, so that stores that come
-	// back together leave room for others. Default 10000, 1 to 1000000.
-	Rate int `koanf:"rate"`
-	// Stall is how long nothing may be acknowledged, while there is something to send and a
-	// connection, before the connection is made anew. Default 30s, 100ms to 10m.
-	Stall time.Duration `koanf:"stall"`
-	// Replay is how often the bridges are asked for reports that were missed, while there is
-	// anything unsettled. Default 30s, 100ms to 1h.
-	Replay time.Duration `koanf:"replay"`
-	// Beacon is how often the edge tells the hub that it is there and how it is. Default 5s,
-	// 100ms to 1m.
-	Beacon time.Duration `koanf:"beacon"`
-	// RetryMax bounds the random pause before an attempt after one that failed. Default 30s,
-	// 50ms to 10m.
-	RetryMax time.Duration `koanf:"retry_max"`
 }
 
 // ListenConfig is one address for POS.
@@ -224,19 +171,6 @@ type KindConfig struct {
 }
 
 const (
-	defaultData            = "edge-data"
-	defaultOutboxRate      = 1.0
-	defaultEventBytes      = 2048
-	defaultHorizon         = 72 * time.Hour
-	defaultSiteShare       = 0.5
-	leastOutbox            = 64 << 20
-	syncAlways             = "always"
-	syncInterval           = "interval"
-	defaultForwardRate     = 10_000
-	defaultStall           = 30 * time.Second
-	defaultReplay          = 30 * time.Second
-	defaultBeacon          = 5 * time.Second
-	defaultRetryMax        = 30 * time.Second
 	defaultListen          = "127.0.0.1:8080"
 	defaultAdmin           = "127.0.0.1:9641"
 	adminOff               = "off"
@@ -267,26 +201,6 @@ var reserved = []string{"expired", "report", "sites", "messages", "healthz", "re
 
 // withDefaults fills in what was left out.
 func (c Config) withDefaults() Config {
-	c.Data = cmp.Or(c.Data, defaultData)
-	ob := &c.Outbox
-	ob.Rate = cmp.Or(ob.Rate, defaultOutboxRate)
-	ob.EventBytes = cmp.Or(ob.EventBytes, defaultEventBytes)
-	ob.Horizon = cmp.Or(ob.Horizon, defaultHorizon)
-	if ob.MaxBytes == 0 {
-		ob.MaxBytes = max(leastOutbox, int64(ob.Rate*float64(ob.EventBytes)*ob.Horizon.Seconds()))
-	}
-	ob.Sync = cmp.Or(ob.Sync, syncAlways)
-	ob.KeyFile = cmp.Or(ob.KeyFile, filepath.Join(c.Data, "out.key"))
-	ob.SiteShare = cmp.Or(ob.SiteShare, defaultSiteShare)
-	if len(c.Sites) == 1 {
-		ob.SiteShare = 1
-	}
-	fw := &c.Forward
-	fw.Rate = cmp.Or(fw.Rate, defaultForwardRate)
-	fw.Stall = cmp.Or(fw.Stall, defaultStall)
-	fw.Replay = cmp.Or(fw.Replay, defaultReplay)
-	fw.Beacon = cmp.Or(fw.Beacon, defaultBeacon)
-	fw.RetryMax = cmp.Or(fw.RetryMax, defaultRetryMax)
 	if len(c.Listen) == 0 {
 		c.Listen = []ListenConfig{{Addr: defaultListen}}
 	}
@@ -377,23 +291,6 @@ func (c Config) Validate() error {
 			wrong("%s: %d is out of range: %d to %d", key, v, least, most)
 		}
 	}
-	count("outbox.max_bytes", c.Outbox.MaxBytes, 1<<20, 1<<50)
-	if c.Outbox.Rate < 0.001 || c.Outbox.Rate > 1e6 {
-		wrong("outbox.rate: %v is out of range: 0.001 to 1000000 messages a second", c.Outbox.Rate)
-	}
-	count("outbox.event_bytes", c.Outbox.EventBytes, 64, maxEvent)
-	within("outbox.horizon", c.Outbox.Horizon, time.Minute, 90*24*time.Hour)
-	if c.Outbox.Sync != syncAlways && c.Outbox.Sync != syncInterval {
-		wrong("outbox.sync: %q is neither %s nor %s", c.Outbox.Sync, syncAlways, syncInterval)
-	}
-	if c.Outbox.SiteShare < 0.01 || c.Outbox.SiteShare > 1 {
-		wrong("outbox.site_share: %v is out of range: 0.01 to 1", c.Outbox.SiteShare)
-	}
-	count("forward.rate", int64(c.Forward.Rate), 1, 1_000_000)
-	within("forward.stall", c.Forward.Stall, 100*time.Millisecond, 10*time.Minute)
-	within("forward.replay", c.Forward.Replay, 100*time.Millisecond, time.Hour)
-	within("forward.beacon", c.Forward.Beacon, 100*time.Millisecond, time.Minute)
-	within("forward.retry_max", c.Forward.RetryMax, 50*time.Millisecond, 10*time.Minute)
 	count("max_body", c.MaxBody, 1<<10, c.largestBody())
 	within("max_wait", c.MaxWait, time.Millisecond, 5*time.Minute)
 	if c.MaxWait >= time.Millisecond {
@@ -407,18 +304,6 @@ func (c Config) Validate() error {
 	count("answer_bytes", c.AnswerBytes, 1<<20, 1<<40)
 	within("shutdown", c.Shutdown, time.Millisecond, 5*time.Minute)
 	return errors.Join(errs...)
-}
-
-// Capacity says for how long the outbox holds what comes, in words for an operator.
-func (c Config) Capacity() string {
-	c = c.withDefaults()
-	o := c.Outbox
-	holds := time.Duration(float64(o.MaxBytes) / (o.Rate * float64(o.EventBytes)) * float64(time.Second)).Round(time.Minute)
-	text := fmt.Sprintf("outbox: %d MiB hold %v of %v messages a second of %d bytes while the hub is away", o.MaxBytes>>20, holds, o.Rate, o.EventBytes)
-	if holds < o.Horizon {
-		text += fmt.Sprintf("; that is less than outbox.horizon, %v, which needs outbox.max_bytes: %d", o.Horizon, int64(o.Rate*float64(o.EventBytes)*o.Horizon.Seconds()))
-	}
-	return text
 }
 
 // largestBody is the longest plain body that fits into an event of every site.

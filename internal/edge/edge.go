@@ -1,16 +1,14 @@
 // Package edge is the edge program: where the traffic of POS enters. It takes orders,
 // alerts and further kinds over HTTP, seals what is plain, checks what is encrypted and
-// passes it on byte for byte, keeps it on its own disk until the hub has it, and tells
-// the POS what became of it.
+// passes it on byte for byte, has it stored at the hub, and tells the POS what became of
+// it.
 //
 // It promises:
 //
-//   - A 202 or a Kitchen's answer means that the message is on the edge's own disk (I1). A
-//     503 says whether it is certain that nothing is stored.
-//   - The hub may be away for days: what is accepted waits in the outbox, and what expires
-//     there is settled and told within seconds (I3).
-//   - Within a site, messages are numbered without gaps and reach the hub once, in the order
-//     of their numbers, over every failure of the hub, of the way to it and of this process.
+//   - A 202 or a Kitchen's answer means that the hub has stored the message (I1). A 503
+//     says whether it is certain that nothing is stored.
+//   - Within a site, messages are numbered without gaps and stored in the order of their
+//     numbers, over every failure of the hub and of the way to it.
 //   - One Idempotency-Key is one message: a repeat gets the first answer.
 //   - Sites do not wait for each other, and no queue is without a bound (I13).
 //
@@ -26,8 +24,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -50,6 +46,8 @@ const (
 	writeTimeout      = 10 * time.Second // for the answer alone
 	idleTimeout       = 2 * time.Minute
 	maxHeaderBytes    = 16 << 10
+
+	sweepEvery = time.Minute
 )
 
 // Edge is one edge. Make it with New, then Run it once.
@@ -62,7 +60,6 @@ type Edge struct {
 	sites    map[string]*site
 	metrics  *metrics
 	register *register
-	clock    *clock
 	log      *slog.Logger
 }
 
@@ -118,24 +115,20 @@ func newEdge(cfg Config, newKeys func(keysync.Config) (keys, error)) (*Edge, err
 		return nil, err
 	}
 	e.register = newRegister(cfg.Messages, cfg.AnswerBytes, e.metrics.drops)
-	e.clock = newClock(e.log)
 	return e, nil
 }
 
 // hub is what the edge needs of the broker; *broker.Broker is one.
 type hub interface {
-	forwardHub
-	replayHub
-	Connected() bool
+	publisher
 	Status() string
+	Durability() string
 	FollowReports(ctx context.Context, sites []string, f func(*broker.Report)) error
-	PublishBeacon(b broker.Beacon) error
 }
 
 // Run serves until ctx ends, and returns nil when it was told to stop: it then takes no
 // new requests, finishes those in flight within Config.Shutdown, and logs what it left
-// behind. The hub and the Portal may be away when it starts; orders are accepted as soon as
-// the keys are there.
+// behind. The hub and the Portal may be away when it starts; it is not ready then.
 func (e *Edge) Run(ctx context.Context) error {
 	listeners, err := e.listen(ctx)
 	defer func() {
@@ -146,22 +139,12 @@ func (e *Edge) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(e.cfg.Data, 0o700); err != nil {
-		return fmt.Errorf("data: %w", err)
-	}
-	store, err := broker.OpenStore(ctx, broker.StoreConfig{
-		Dir: filepath.Join(e.cfg.Data, "out"), KeyFile: e.cfg.Outbox.KeyFile, Sync: e.cfg.Outbox.Sync,
-		MaxBytes: e.cfg.Outbox.MaxBytes + reserve, Log: e.log, Metrics: e.cfg.Metrics,
-	})
-	if err != nil {
-		return fmt.Errorf("outbox: %w", err)
-	}
 	h, err := broker.Connect(ctx, broker.ConnectConfig{HubConfig: e.cfg.Hub, Name: e.cfg.Name, Log: e.log, Metrics: e.cfg.Metrics})
 	if err != nil {
-		return errors.Join(err, store.Close())
+		return err
 	}
-	err = e.run(ctx, h, store, listeners)
-	return errors.Join(err, h.Close(), store.Close())
+	err = e.run(ctx, h, listeners)
+	return errors.Join(err, h.Close())
 }
 
 // listen opens the addresses, and returns those that it could open also with an error.
@@ -189,38 +172,24 @@ func (e *Edge) listen(ctx context.Context) ([]net.Listener, error) {
 }
 
 // run serves listeners until ctx ends or something fails.
-func (e *Edge) run(ctx context.Context, h hub, store disk, listeners []net.Listener) error {
+func (e *Edge) run(ctx context.Context, h hub, listeners []net.Listener) error {
 	sites := slices.Sorted(maps.Keys(e.cfg.Sites))
-	o, err := openOutbox(ctx, outboxConfig{
-		Edge: e.cfg.Name, Disk: store, Register: e.register, Clock: e.clock, Keys: e.keys, Linked: h.Connected,
-		Wait: e.cfg.CommitWait, MaxBytes: e.cfg.Outbox.MaxBytes, Share: e.cfg.Outbox.SiteShare, Log: e.log, Metrics: e.metrics,
-	})
-	if err != nil {
-		return err
-	}
-	defer o.stop()
-	follow := &reports{edge: e.cfg.Name, keys: e.keys, register: e.register, now: e.clock.now, metrics: e.metrics, log: e.log,
+	c := newCommitter(committerConfig{Edge: e.cfg.Name, Epoch: newEpoch(), Hub: h, Sites: sites, Wait: e.cfg.CommitWait, Log: e.log})
+	follow := &reports{edge: e.cfg.Name, epoch: c.epoch, keys: e.keys, register: e.register, metrics: e.metrics, log: e.log,
 		warn: rate.Sometimes{First: 3, Interval: 10 * time.Second}}
-	forward, err := newForwarder(forwarderConfig{
-		Edge: e.cfg.Name, Hub: h, Backlog: o, Keys: e.keys, Now: e.clock.now, Rate: e.cfg.Forward.Rate,
-		Stall: e.cfg.Forward.Stall, RetryMax: e.cfg.Forward.RetryMax, Log: e.log, Metrics: e.cfg.Metrics,
-	})
+	in := e.ingest(c, h)
+	ops, err := admin.New(admin.Config{Listen: e.cfg.Admin.Listen, Metrics: e.cfg.Metrics, Ready: e.ready(h, in), Log: e.log})
 	if err != nil {
 		return err
 	}
-	in := e.ingest(o, h, store.Durability())
-	ops, err := admin.New(admin.Config{Listen: e.cfg.Admin.Listen, Metrics: e.cfg.Metrics, Ready: e.ready(h, in, o), Log: e.log})
-	if err != nil {
-		return err
-	}
-	if err := e.metrics.register(e.cfg.Metrics, o); err != nil {
+	if err := e.metrics.register(e.cfg.Metrics, e.register.waiting, func() int { return int(c.unknown.Load()) }); err != nil {
 		return fmt.Errorf("metrics: %w", err)
 	}
 
 	// Everything below ends after the requests in flight have: they need it.
 	life, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
-	failures := make(chan error, 8+len(listeners))
+	failures := make(chan error, 4+len(listeners))
 	background := func(what string, run func(context.Context) error) {
 		wg.Go(func() {
 			err := run(life)
@@ -234,10 +203,7 @@ func (e *Edge) run(ctx context.Context, h hub, store disk, listeners []net.Liste
 	}
 	background("keys", e.keys.Run)
 	background("reports", func(ctx context.Context) error { return h.FollowReports(ctx, sites, follow.take) })
-	background("deadlines", o.sweep)
-	background("forwarder", forward.run)
-	background("replay", (&replayer{hub: h, outbox: o, reports: follow, clock: e.clock, edge: e.cfg.Name, every: e.cfg.Forward.Replay, log: e.log, metrics: e.metrics}).run)
-	background("beacon", func(ctx context.Context) error { return e.beacon(ctx, h, o) })
+	background("sweep", e.sweep)
 	if e.cfg.Admin.Listen != adminOff {
 		background("admin", ops.Run)
 	}
@@ -259,14 +225,14 @@ func (e *Edge) run(ctx context.Context, h hub, store disk, listeners []net.Liste
 			e.log.Warn("tokens and plain orders can be read on their way to this address: set tls", "addr", l.Addr().String())
 		}
 	}
-	e.log.Info("edge is up", "epoch", o.epoch(), "sites", len(sites))
+	e.log.Info("edge is up", "epoch", c.epoch, "sites", len(sites))
 
 	var failure error
 	select {
 	case <-ctx.Done():
 	case failure = <-failures:
 	}
-	e.stop(in, o, servers)
+	e.stop(in, c, servers)
 	end(errStopped)
 	wg.Wait()
 	close(failures)
@@ -277,9 +243,9 @@ func (e *Edge) run(ctx context.Context, h hub, store disk, listeners []net.Liste
 	return errors.Join(errs...)
 }
 
-// stop ends the service: no new requests, then those in flight. What the hub does not have
-// stays in the outbox for the next start.
-func (e *Edge) stop(in *ingest, o *outbox, servers []*http.Server) {
+// stop ends the service: no new requests, then those in flight, then what the hub has not
+// acknowledged.
+func (e *Edge) stop(in *ingest, c *committer, servers []*http.Server) {
 	limit, cancel := context.WithTimeout(context.Background(), e.cfg.Shutdown)
 	defer cancel()
 	e.log.Info("stopping", "within", e.cfg.Shutdown)
@@ -291,28 +257,47 @@ func (e *Edge) stop(in *ingest, o *outbox, servers []*http.Server) {
 				return
 			}
 			e.log.Warn("stopped with requests in flight: they were cut off", "after", e.cfg.Shutdown)
+			c.abandon()
 			s.Close()
 		})
 	}
 	wg.Wait()
 	in.running.Lock() // for good: all requests have ended, and none begins
-	if g := o.gauge(); g.unsettled > 0 {
-		e.log.Info("stopped with unsettled messages: they are in the outbox, and the next start goes on with them", "messages", g.unsettled, "not_at_hub", g.backlog)
+	c.stop(limit)
+	if n := e.register.waiting(); n > 0 {
+		e.log.Warn("stopped with unsettled messages: what the hub has of them is delivered, but this edge will not tell how it ended", "messages", n)
+	}
+}
+
+// sweep tidies the register until ctx ends.
+func (e *Edge) sweep(ctx context.Context) error {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-tick.C:
+			if ids := e.register.sweep(now); len(ids) > 0 {
+				e.metrics.drops.WithLabelValues(dropNoReport).Add(float64(len(ids)))
+				e.log.Error("no report came for messages 72 hours after their deadline: they count as failed", "messages", len(ids), "id", ids[0], "reason", reasonNoReport)
+			}
+		}
 	}
 }
 
 // ingest builds what answers POS.
-func (e *Edge) ingest(o *outbox, h hub, durability string) *ingest {
+func (e *Edge) ingest(c store, h hub) *ingest {
 	in := &ingest{
-		door: e.door, store: o, register: e.register,
+		door: e.door, store: c, register: e.register,
 		sites: e.sites, kinds: slices.Sorted(maps.Keys(e.cfg.Kinds)),
 		maxBody: e.cfg.MaxBody, wait: e.cfg.Wait, maxWait: e.cfg.MaxWait, commitWait: e.cfg.CommitWait, maxWaiting: int64(e.cfg.MaxWaiting),
-		durability: durability, now: e.clock.now, metrics: e.metrics, log: e.log,
+		durability: h.Durability, metrics: e.metrics, log: e.log,
 		slots: make(chan struct{}, e.cfg.MaxRequests), stopping: make(chan struct{}),
 	}
 	// What exactly is wrong is for ops: a POS may be anybody.
 	seen := make(map[string]func() error)
-	for name, works := range e.ready(h, in, o) {
+	for name, works := range e.ready(h, in) {
 		seen[name] = func() error {
 			if works() != nil {
 				return errors.New("does not work; the admin address says why")
@@ -326,7 +311,7 @@ func (e *Edge) ingest(o *outbox, h hub, durability string) *ingest {
 }
 
 // ready is what has to work for the edge to be of use.
-func (e *Edge) ready(h hub, in *ingest, o *outbox) map[string]func() error {
+func (e *Edge) ready(h hub, in *ingest) map[string]func() error {
 	return map[string]func() error{
 		"hub": func() error {
 			if h.Connected() {
@@ -334,8 +319,7 @@ func (e *Edge) ready(h hub, in *ingest, o *outbox) map[string]func() error {
 			}
 			return errors.New(h.Status())
 		},
-		"keys":   e.keys.Ready,
-		"outbox": o.ready,
+		"keys": e.keys.Ready,
 		"edge": func() error {
 			select {
 			case <-in.stopping:

@@ -23,13 +23,11 @@ import (
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 )
 
-// store takes requests that are fit to be sent; *outbox is one.
+// store takes requests that are fit to be sent; *committer is one.
 type store interface {
 	// Commit returns nil when d is stored, errNotStored when it certainly is not, and
-	// errUnknown when nobody knows yet; d.message then hears of it later.
+	// errUnknown when nobody knows yet; d.progress then hears of it later.
 	Commit(ctx context.Context, d *draft) error
-	// seen notes that a message came again in another envelope.
-	seen(id, envelope string)
 }
 
 var (
@@ -48,8 +46,17 @@ type draft struct {
 	triple     envelope.Triple
 	binding    *envelope.Binding
 	trace      string
-	envelope   string   // by which it is recognized, "" for a plain one
-	message    *message // hears what becomes of it
+	progress   progress
+}
+
+// progress hears what becomes of a draft. *message is one.
+type progress interface {
+	// numbered is called before the event is sent, and again if that number was given back.
+	numbered(seq uint64, accepted, deadline time.Time)
+	// unknown is called at most once, before Commit returns errUnknown.
+	unknown()
+	// stored is called once: before Commit returns nil, or some time after unknown.
+	stored()
 }
 
 // ingest answers POS.
@@ -65,8 +72,7 @@ type ingest struct {
 	maxWait    time.Duration
 	commitWait time.Duration
 	maxWaiting int64
-	durability string
-	now        func() time.Time // the hub's
+	durability func() string
 	ready      http.HandlerFunc
 	metrics    *metrics
 	log        *slog.Logger
@@ -90,7 +96,7 @@ type listener struct {
 
 const (
 	retryBusy = time.Second
-	retryDisk = 5 * time.Second
+	retryHub  = 5 * time.Second
 )
 
 // handler serves everything that a POS may ask for at one address.
@@ -230,7 +236,7 @@ func (s *ingest) post(w http.ResponseWriter, r *http.Request, l listener, kind s
 	}
 
 	c := claimOf(v, kind, wish.key, t, payload)
-	m, fresh, again, err := s.register.claim(c)
+	m, fresh, err := s.register.claim(c)
 	if err != nil {
 		if errors.Is(err, errOtherPayload) {
 			w.Header().Set(headerID, c.id) // that of the first one
@@ -241,14 +247,12 @@ func (s *ingest) post(w http.ResponseWriter, r *http.Request, l listener, kind s
 	}
 	w.Header().Set(headerID, m.id)
 	if fresh {
-		err := s.commit(r.Context(), m, v, site, kind, wish, c.envelope, t, payload)
+		err := s.commit(r.Context(), m, v, site, kind, wish, t, payload)
 		if err == nil {
 			s.metrics.accept.Observe(time.Since(begun).Seconds())
 		} else if errors.Is(err, errNotStored) {
 			m.refuse(err)
 		}
-	} else if again {
-		s.store.seen(m.id, c.envelope)
 	}
 	// One that came before is being stored, or its outcome is still unknown: this request
 	// hears the same as the first.
@@ -261,7 +265,7 @@ func (s *ingest) post(w http.ResponseWriter, r *http.Request, l listener, kind s
 	give(gate)
 	give(held)
 	gate, held = nil, nil
-	if known.state.stored() && wish.wait > 0 {
+	if known.state == stateAccepted && wish.wait > 0 {
 		known = s.awaitKitchen(r.Context(), m, wish.wait)
 	}
 	count(s.answer(w, known, site, location(v, r, m.id)))
@@ -419,7 +423,7 @@ func envelopeOf(v door.Visitor, lane *envelope.LaneKey) string {
 }
 
 // commit has a message stored that nobody has stored yet.
-func (s *ingest) commit(ctx context.Context, m *message, v door.Visitor, site *site, kind string, wish wishes, envelope string, t envelope.Triple, payload []byte) error {
+func (s *ingest) commit(ctx context.Context, m *message, v door.Visitor, site *site, kind string, wish wishes, t envelope.Triple, payload []byte) error {
 	binding := v.Keys.Binding
 	if v.Plain {
 		var err error
@@ -431,7 +435,7 @@ func (s *ingest) commit(ctx context.Context, m *message, v door.Visitor, site *s
 	return s.store.Commit(ctx, &draft{
 		site: v.Site, kind: kind, id: m.id,
 		order:  binding.Lane().Order(site.kinds[kind].order.text(payload)),
-		within: wish.within, triple: t, binding: binding, trace: wish.trace, envelope: envelope, message: m,
+		within: wish.within, triple: t, binding: binding, trace: wish.trace, progress: m,
 	})
 }
 
@@ -473,5 +477,5 @@ func (s *ingest) message(w http.ResponseWriter, r *http.Request, l listener) {
 		return
 	}
 	w.Header().Set(headerID, m.id)
-	writeJSON(w, http.StatusOK, m.document(s.now()))
+	writeJSON(w, http.StatusOK, m.document(time.Now()))
 }

@@ -30,15 +30,13 @@ const (
 	dropMalformed  = "report-malformed"   // a report with a tag, and a state that is none
 	dropUnknown    = "report-unknown"     // a report on a message that is not remembered
 	dropAnswerSeal = "report-answer"      // a verified report whose answer does not open
-	dropStore      = "forgotten-store"    // the same, for the sake of outbox.max_bytes
+	dropNoReport   = "no-report"          // 72 h after the deadline, and no report came
 )
 
 type metrics struct {
 	requests *prometheus.CounterVec
 	drops    *prometheus.CounterVec
 	accept   prometheus.Histogram
-	overdue  prometheus.Counter
-	epochs   prometheus.Counter
 }
 
 func newMetrics() *metrics {
@@ -50,37 +48,22 @@ func newMetrics() *metrics {
 			Name: "kb_edge_drops_total", Help: "What was dropped or forgotten, by reason.",
 		}, []string{"reason"}),
 		accept: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "kb_edge_accept_seconds", Help: "From a request's headers to the disk's acknowledgement, for requests that were stored.",
+			Name: "kb_edge_accept_seconds", Help: "From a request's headers to the hub's acknowledgement, for requests that were stored.",
 			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
-		}),
-		overdue: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "kb_edge_overdue_total", Help: "Messages that had no report when their deadline was over.",
-		}),
-		epochs: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "kb_edge_epochs_total", Help: "Epochs begun because records were lost or the hub was ahead of the outbox.",
 		}),
 	}
 }
 
-// register puts the metrics where they are read. The outbox is asked when they are.
-func (m *metrics) register(r prometheus.Registerer, o *outbox) error {
-	gauge := func(name, help string, f func() float64) prometheus.Collector {
-		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f)
+// register puts the metrics where they are read. unsettled and unknown are asked when
+// they are.
+func (m *metrics) register(r prometheus.Registerer, unsettled, unknown func() int) error {
+	gauge := func(name, help string, f func() int) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(f()) })
 	}
 	for _, c := range []prometheus.Collector{
-		m.requests, m.drops, m.accept, m.overdue, m.epochs,
-		gauge("kb_edge_unsettled", "Messages stored or being stored, and not reported yet.", func() float64 { return float64(o.register.waiting()) }),
-		gauge("kb_edge_late", "Messages whose deadline is over, and nobody has said how they ended.", func() float64 { return float64(o.gauge().overdue) }),
-		gauge("kb_edge_backlog", "Messages that the hub has not been told of.", func() float64 { return float64(o.gauge().backlog) }),
-		gauge("kb_edge_backlog_age_seconds", "Age of the oldest of them.", func() float64 { return o.gauge().age.Seconds() }),
-		gauge("kb_edge_outbox_bytes", "Size of the outbox.", func() float64 { return float64(o.used.Load()) }),
-		gauge("kb_edge_outbox_max_bytes", "Bound of the outbox.", func() float64 { return float64(o.max) }),
-		gauge("kb_edge_unknown", "1 while the disk does not say whether it has a record.", func() float64 {
-			if o.gauge().unknown {
-				return 1
-			}
-			return 0
-		}),
+		m.requests, m.drops, m.accept,
+		gauge("kb_edge_unsettled", "Messages stored or being stored, and not reported yet.", unsettled),
+		gauge("kb_edge_unknown", "Sites whose oldest message has an unknown outcome at the hub, and holds back the next.", unknown),
 	} {
 		if err := r.Register(c); err != nil {
 			return err

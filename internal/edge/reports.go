@@ -17,12 +17,11 @@ import (
 // believed only when its tag verifies (I7).
 type reports struct {
 	// Fixed at birth.
-	edge     string
-	keys     door.Keys
-	register *register
-	now      func() time.Time // the hub's
-	metrics  *metrics
-	log      *slog.Logger
+	edge, epoch string
+	keys        door.Keys
+	register    *register
+	metrics     *metrics
+	log         *slog.Logger
 
 	// A flood of forged reports must not become a flood of log lines; it is counted anyway.
 	warn rate.Sometimes
@@ -42,7 +41,11 @@ func (f *reports) take(r *broker.Report) {
 		f.count(r, dropUnverified, err)
 		return
 	}
-	v := verdict{site: r.Site, id: r.ID, number: number{r.Epoch, r.Seq}, state: state(r.State), reason: r.Reason, attempts: r.Attempts, kitchenStatus: r.Status}
+	if r.Epoch != f.epoch {
+		f.metrics.drops.WithLabelValues(dropUnknown).Inc() // accepted before this start
+		return
+	}
+	v := verdict{site: r.Site, id: r.ID, seq: r.Seq, state: state(r.State), reason: r.Reason, attempts: r.Attempts, kitchenStatus: r.Status}
 	if !v.state.final() {
 		f.count(r, dropMalformed, fmt.Errorf("state %q is neither delivered nor failed", r.State))
 		return
@@ -54,7 +57,7 @@ func (f *reports) take(r *broker.Report) {
 			f.count(r, dropAnswerSeal, err)
 		}
 	}
-	if !f.register.settle(v, f.now()) {
+	if !f.register.settle(v, time.Now()) {
 		f.metrics.drops.WithLabelValues(dropUnknown).Inc()
 	}
 }

@@ -55,10 +55,7 @@ func testConfig() Config {
 }
 
 // fakeKeys stands for keysync.
-type fakeKeys struct {
-	sites  sync.Map
-	reread func()
-}
+type fakeKeys struct{ sites sync.Map }
 
 func (k *fakeKeys) Site(name string) *keysync.Site {
 	s, _ := k.sites.Load(name)
@@ -67,12 +64,6 @@ func (k *fakeKeys) Site(name string) *keysync.Site {
 }
 
 func (k *fakeKeys) RefreshFor(context.Context, string, string) error { return keysync.ErrStillUnknown }
-
-func (k *fakeKeys) RereadBinding() {
-	if k.reread != nil {
-		k.reread()
-	}
-}
 
 func (k *fakeKeys) set(s *keysync.Site) { k.sites.Store(s.Name, s) }
 

@@ -72,9 +72,4 @@
 //	A replicated consumer in memory outlives its leader (three nodes only) | broker.partitionConsumer | TestReplicatedConsumerInMemoryOutlivesItsLeader
 //	Every leader tells the same creation time (three nodes only) | broker.position | TestCreationTimeIsTheSameFromEveryLeader
 //	A stream created anew has a later creation time and sequences from 1; what was delivered from the one before settles what has its sequence now | broker.position, broker.ErrStale | TestStreamCreatedAnewHasAnotherCreationTimeAndReusesSequences
-//
-// Disks:
-//
-//	behaviour | relied on by | test
-//	A message that could not be written, and any after it, is not answered; the server logs "critical write error" (single only) | broker.storeLog | TestFailedWriteIsLoggedAndNeverAnswered
 package conformance

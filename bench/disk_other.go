@@ -1,6 +1,0 @@
-//go:build !linux
-
-package main
-
-// onDisk can tell on Linux only.
-func onDisk(string) error { return nil }
