@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"time"
 )
 
 // The labels of the sub-keys, and what each is for.
@@ -34,6 +35,7 @@ type BindingKey struct {
 	id   string
 	form form
 	sub  *bindingSubKeys
+	from time.Time // zero: always
 }
 
 type bindingSubKeys struct {
@@ -78,6 +80,24 @@ func newSubSuite(secret []byte, label string) (*suite, error) {
 
 // ID returns the name of the key: the value of Kb-Bind.
 func (k *BindingKey) ID() string { return k.id }
+
+// UseFrom returns when the key begins to tag and seal, zero for one that always does. It verifies and opens before that too.
+func (k *BindingKey) UseFrom() time.Time { return k.from }
+
+// WithUseFrom returns the same key, which tags and seals from another time on. What is sealed under either counts as sealed under
+// both.
+func (k *BindingKey) WithUseFrom(t time.Time) *BindingKey {
+	c := *k
+	c.from = t
+	return &c
+}
+
+// sameSecret tells whether two keys were derived from one secret, by what they make.
+func (k *BindingKey) sameSecret(other *BindingKey) bool {
+	var e Event
+	a, b := k.eventTag(&e), other.eventTag(&e)
+	return subtle.ConstantTimeCompare(a[:], b[:]) == 1
+}
 
 // Event is what the tag of an event covers: the triple, and what the broker says about it.
 type Event struct {
@@ -274,8 +294,50 @@ func NewBinding(site string, lane *LaneKey, keys ...*BindingKey) (*Binding, erro
 // Site returns the name of the site.
 func (b *Binding) Site() string { return b.site }
 
-// Current returns the newest binding key: the one to tag and seal with.
-func (b *Binding) Current() *BindingKey { return b.keys[0] }
+// Current returns the binding key to tag and seal with: the newest that has begun ([BindingKey.UseFrom]), by this machine's clock;
+// the oldest, if none has. Take it once for one message: the next call may return another.
+func (b *Binding) Current() *BindingKey {
+	last := len(b.keys) - 1
+	var now time.Time
+	for _, k := range b.keys[:last] {
+		if k.from.IsZero() {
+			return k
+		}
+		if now.IsZero() {
+			now = time.Now()
+		}
+		if !now.Before(k.from) {
+			return k
+		}
+	}
+	return b.keys[last]
+}
+
+// Succeed returns a binding that holds what b holds, and that continues old: keys that both have stay the same ones, with what they
+// count. It is for a binding that was read anew. ErrSettings when b is no later state of old: it is of another site, its lane key
+// is another, which would put the updates of orders into other lanes than the orders, or a key of the same id has another secret.
+func (b *Binding) Succeed(old *Binding) (*Binding, error) {
+	if b.site != old.site {
+		return nil, &fieldError{"site", "it is " + quote(b.site) + ", and was " + quote(old.site)}
+	}
+	if !b.lane.sameSecret(old.lane) {
+		return nil, &fieldError{"lane", "it is another key than before; a lane key never changes"}
+	}
+	next := &Binding{site: b.site, lane: old.lane, keys: slices.Clone(b.keys)}
+	for i, k := range next.keys {
+		before, had := old.Key(k.id)
+		switch {
+		case !had:
+		case !before.sameSecret(k):
+			return nil, &fieldError{"keys", "key " + k.id + " has another secret than before; a new secret needs a new id"}
+		case before.from.Equal(k.from):
+			next.keys[i] = before
+		default:
+			next.keys[i] = before.WithUseFrom(k.from)
+		}
+	}
+	return next, nil
+}
 
 // Lane returns the lane key.
 func (b *Binding) Lane() *LaneKey { return b.lane }

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 func testSecret(fill byte) []byte { return bytes.Repeat([]byte{fill}, 32) }
@@ -295,5 +297,97 @@ func TestLaneKey(t *testing.T) {
 	}
 	if l.PayloadHash("order", []byte("x")) == l.PayloadHash("alert", []byte("x")) || l.PayloadHash("order", nil) == l.PayloadHash("order", []byte("x")) {
 		t.Error("payload hashes of different payloads are equal")
+	}
+}
+
+// All programs change keys at one moment, whenever they read the file; before it the new key
+// verifies and opens.
+func TestCurrentIsTheNewestKeyThatHasBegun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		type from struct {
+			id   string
+			fill byte
+			wait time.Duration // 0: always
+		}
+		always := from{"b1", 1, 0}
+		for _, row := range []struct {
+			name string
+			keys []from
+			want []string // after 0, 1, 2, … minutes
+		}{
+			{"one that always does", []from{always}, []string{"b1", "b1"}},
+			{"a new one", []from{{"b2", 2, time.Minute}, always}, []string{"b1", "b2", "b2"}},
+			{"two new ones", []from{{"b3", 3, 2 * time.Minute}, {"b2", 2, time.Minute}, always}, []string{"b1", "b2", "b3"}},
+			{"the newest begins first", []from{{"b3", 3, time.Minute}, {"b2", 2, 2 * time.Minute}, always}, []string{"b1", "b3", "b3"}},
+			{"none has begun: the oldest", []from{{"b3", 3, 2 * time.Minute}, {"b2", 2, time.Minute}}, []string{"b2", "b2", "b3"}},
+			{"one has begun long ago", []from{{"b2", 2, -time.Hour}, always}, []string{"b2"}},
+		} {
+			var keys []*BindingKey
+			for _, k := range row.keys {
+				key := testBindingKey(t, k.id, k.fill)
+				if k.wait != 0 {
+					key = key.WithUseFrom(time.Now().Add(k.wait))
+				}
+				keys = append(keys, key)
+			}
+			b := testBinding(t, "store-1", keys...)
+			for i, want := range row.want {
+				if got := b.Current().ID(); got != want {
+					t.Errorf("%s: after %d min: %s, want %s", row.name, i, got, want)
+				}
+				time.Sleep(time.Minute)
+			}
+			e := testEvent()
+			for _, k := range keys {
+				if err := b.VerifyEvent(e, k.ID(), k.TagEvent(e)); err != nil {
+					t.Errorf("%s: %v", row.name, err)
+				}
+			}
+		}
+	})
+}
+
+func TestSucceedKeepsWhatStays(t *testing.T) {
+	old := testBinding(t, "store-1", testBindingKey(t, "b1", 1))
+	from := time.Unix(2000, 0)
+	read := testBinding(t, "store-1", testBindingKey(t, "b2", 2).WithUseFrom(from), testBindingKey(t, "b1", 1))
+	next, err := read.Succeed(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, _ := old.Key("b1")
+	if after, ok := next.Key("b1"); !ok || after != before {
+		t.Error("a key that stays is another object: what it counts begins anew")
+	}
+	if k, ok := next.Key("b2"); !ok || !k.UseFrom().Equal(from) || next.Lane() != old.Lane() {
+		t.Error("the new key is not there, or the lane key is another")
+	}
+	// A changed time changes the time, and not what is counted.
+	later, err := testBinding(t, "store-1", testBindingKey(t, "b1", 1).WithUseFrom(from)).Succeed(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k := later.Current(); k.sub != before.sub || !k.UseFrom().Equal(from) {
+		t.Error("the key was made anew, or has the time of before")
+	}
+}
+
+func TestSucceedRefuses(t *testing.T) {
+	old := testBinding(t, "store-1", testBindingKey(t, "b1", 1))
+	otherLane, err := NewBinding("store-1", testLane(t, 8), testBindingKey(t, "b1", 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, row := range map[string]struct {
+		next *Binding
+		want string
+	}{
+		"another site":                 {testBinding(t, "store-2", testBindingKey(t, "b1", 1)), "site: "},
+		"another lane key":             {otherLane, "lane: "},
+		"another secret of the one id": {testBinding(t, "store-1", testBindingKey(t, "b1", 2)), "keys: "},
+	} {
+		if _, err := row.next.Succeed(old); !errors.Is(err, ErrSettings) || !strings.HasPrefix(err.Error(), row.want) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

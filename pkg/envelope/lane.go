@@ -49,6 +49,9 @@ func (l *LaneKey) Order(orderID string) string {
 	return m.id(f)
 }
 
+// sameSecret tells whether two lane keys were derived from one secret, by what they make.
+func (l *LaneKey) sameSecret(other *LaneKey) bool { return l.Order("same") == other.Order("same") }
+
 // MessageID returns Kb-Id for what a POS sent under an Idempotency-Key: 32 characters of a-z and 2-7. pos is the identity of the
 // POS, so that two of them never meet in one id.
 func (l *LaneKey) MessageID(site, pos, kind, key string) string {

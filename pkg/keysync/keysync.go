@@ -30,6 +30,13 @@
 // with at most two keys. Times are ISO-8601 with Z or a numeric zone; a time without a
 // zone is refused, since two programs would read it differently. Everything else in the
 // object is ignored.
+//
+// # The binding keys
+//
+// They come from a file ([ReadBindingFile]), which is read anew within seconds of a change
+// ([RotateBindingFile] makes one), and at once when [Keys.RereadBinding] is called. A file
+// that cannot be right, that lacks a configured site or has another lane key for one,
+// changes nothing.
 package keysync
 
 import (
@@ -71,8 +78,8 @@ var (
 )
 
 // Site is what is known about a site's keys at one moment. It is immutable: a change
-// makes another Site. While the Portal's document stays the same, only Fetched differs
-// from one Site to the next; Keyring is then the same pointer.
+// makes another Site. While the Portal's document and the binding file stay the same, only
+// Fetched differs from one Site to the next; Keyring is then the same pointer.
 type Site struct {
 	Name     string
 	Settings envelope.Settings
@@ -118,6 +125,7 @@ type Keys struct {
 	close  func()
 	derive chan struct{} // a place for each derivation at a time
 	count  *prometheus.CounterVec
+	rebind *rebinding // nil under Config.NoBinding
 
 	started atomic.Bool     // by Run
 	life    context.Context // of the fetches; ends with Run
@@ -137,9 +145,8 @@ type siteState struct {
 	// Fixed at birth.
 	name     string
 	settings envelope.Settings
-	binding  *envelope.Binding
 
-	now atomic.Pointer[Site] // written by the flight
+	now atomic.Pointer[Site] // written with mu held: by the flight, and by bind
 
 	// Owned by the flight: at most one fetch of a site is under way.
 	etag    string
@@ -148,6 +155,7 @@ type siteState struct {
 
 	mu sync.Mutex
 	// Guarded by mu.
+	binding   *envelope.Binding
 	flight    *flight   // the fetch under way, or nil
 	demanded  time.Time // end of the latest fetch that Refresh started
 	err       error     // of the latest fetch; nil before the first
@@ -170,8 +178,10 @@ func New(cfg Config) (*Keys, error) {
 	cfg.Portal = cfg.Portal.withDefaults()
 	portal, portalErr := newClient(cfg.Portal)
 	var bindings map[string]*envelope.Binding
+	var rebind *rebinding
 	var bindingErr error
 	if !cfg.NoBinding {
+		rebind = newRebinding(cfg.BindingFile)
 		bindings, bindingErr = bindingsFor(cfg.BindingFile, slices.Sorted(maps.Keys(cfg.Sites)))
 	}
 	if err := errors.Join(portalErr, bindingErr); err != nil {
@@ -186,6 +196,7 @@ func New(cfg Config) (*Keys, error) {
 		get:    portal.get,
 		close:  portal.http.CloseIdleConnections,
 		derive: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
+		rebind: rebind,
 	}
 	k.life, k.end = context.WithCancelCause(context.Background())
 	if k.log == nil {
@@ -267,7 +278,7 @@ func (k *Keys) fetch(ctx context.Context, st *siteState) (reason, error) {
 	if a.unchanged || !old.Fetched.IsZero() && sum == st.sum {
 		same := *old
 		same.Fetched = now
-		st.now.Store(&same)
+		st.put(&same)
 		if !a.unchanged {
 			st.etag = a.etag
 		}
@@ -281,13 +292,13 @@ func (k *Keys) fetch(ctx context.Context, st *siteState) (reason, error) {
 	if err != nil {
 		return "", err
 	}
-	next := &Site{Name: st.name, Settings: st.settings, Fetched: now, Encryption: doc.encryption, Keyring: ring, Binding: st.binding, retired: old.retired}
+	next := &Site{Name: st.name, Settings: st.settings, Fetched: now, Encryption: doc.encryption, Keyring: ring, retired: old.retired}
 	if ring != old.Keyring {
 		if next.retired, err = st.retire(old.Keyring, ring, now); err != nil {
 			return "", refused(badBlock, "retired keys: %w", err)
 		}
 	}
-	st.now.Store(next)
+	st.put(next)
 	st.etag, st.sum = a.etag, sum
 	if ring == old.Keyring && doc.encryption == old.Encryption && !old.Fetched.IsZero() {
 		return unchanged, nil // something else in the object changed

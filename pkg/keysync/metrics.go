@@ -24,15 +24,27 @@ func (k *Keys) register(r prometheus.Registerer) error {
 	for _, r := range reasons {
 		k.count.WithLabelValues(string(r))
 	}
+	collectors := []prometheus.Collector{k.count, ages{k}}
+	if k.rebind != nil {
+		k.rebind.reads = prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kb_keysync_binding_reads_total",
+			Help: "Readings of the binding file after it changed, by result: taken, or refused, which changes nothing.",
+		}, []string{"result"})
+		for _, result := range []string{bindingTaken, bindingRefused} {
+			k.rebind.reads.WithLabelValues(result)
+		}
+		collectors = append(collectors, k.rebind.reads)
+	}
 	if r == nil {
 		return nil
 	}
-	if err := r.Register(k.count); err != nil {
-		return err
-	}
-	if err := r.Register(ages{k}); err != nil {
-		r.Unregister(k.count)
-		return err
+	for i, c := range collectors {
+		if err := r.Register(c); err != nil {
+			for _, c := range collectors[:i] {
+				r.Unregister(c)
+			}
+			return err
+		}
 	}
 	return nil
 }

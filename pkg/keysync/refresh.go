@@ -99,7 +99,7 @@ func (k *Keys) fetchAndNote(st *siteState) (asked bool, _ error) {
 	}
 	if err != nil && faultForgetKeys {
 		none, _ := envelope.NewKeyring(st.settings)
-		st.now.Store(&Site{Name: st.name, Settings: st.settings, Keyring: none, Binding: st.binding, retired: none})
+		st.put(&Site{Name: st.name, Settings: st.settings, Keyring: none, retired: none})
 	}
 	if err != nil {
 		if bad, ok := errors.AsType[*fetchError](err); ok {

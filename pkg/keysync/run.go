@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Run fetches every site at once and then each one every portal.poll, until ctx ends; it
-// returns nil then, after all fetches have ended. Sites are spread over the interval,
+// Run fetches every site at once and then each one every portal.poll, and reads the binding
+// file when it changes, until ctx ends; it returns nil then, after all fetches have ended. Sites are spread over the interval,
 // fetched eight at a time, more often when their last key is about to end, and less
 // often while fetching fails. Run can be called once; the keys stay readable after it.
 func (k *Keys) Run(ctx context.Context) error {
@@ -26,6 +26,12 @@ func (k *Keys) Run(ctx context.Context) error {
 		wg.Wait()
 		k.close()
 	}()
+
+	watching, unwatch := context.WithCancel(ctx)
+	defer unwatch() // before the wait
+	if k.rebind != nil {
+		wg.Go(func() { k.watchBinding(watching) })
+	}
 
 	// One queue and one timer for all sites, however many there are.
 	now := time.Now()
