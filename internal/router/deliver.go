@@ -6,11 +6,8 @@ import (
 	"time"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 )
-
-// reservedKind names what an edge reports about events that expired with it. It is for
-// the bridge, never for a Kitchen.
-const reservedKind = "expired"
 
 // noEndpoint stands in reports on events that reached no Kitchen.
 const noEndpoint = "-"
@@ -45,20 +42,33 @@ func (r *Router) examine(d *broker.Delivery) cause {
 	if d.Err != nil {
 		return causeMalformed
 	}
-	site := r.keys.Site(d.Site)
-	if site == nil || site.Binding == nil {
+	binding := r.binding(d.Site)
+	if binding == nil {
 		return causeUnknownSite
 	}
-	if err := site.Binding.VerifyEvent(&ev.Event, ev.Bind, ev.Tag); err != nil && !faultNoTag {
-		if _, known := site.Binding.Key(ev.Bind); !known {
+	if _, known := binding.Key(ev.Bind); !known {
+		// Perhaps its edge has read a new binding file before this bridge.
+		r.keys.RereadBinding()
+		binding = r.binding(d.Site)
+	}
+	if err := binding.VerifyEvent(&ev.Event, ev.Bind, ev.Tag); err != nil && !faultNoTag {
+		if _, known := binding.Key(ev.Bind); !known {
 			return causeUnknownBind
 		}
 		return causeTag
 	}
-	if ev.Kind == reservedKind {
-		return causeReserved
+	if ev.From != ev.Seq && ev.Kind != broker.KindExpired {
+		return causeRun
 	}
 	return ""
+}
+
+// binding returns nil for a site of which nothing can be verified.
+func (r *Router) binding(site string) *envelope.Binding {
+	if s := r.keys.Site(site); s != nil {
+		return s.Binding
+	}
+	return nil
 }
 
 // deliver attempts until the event's fate is known. False: the tenure ended before.

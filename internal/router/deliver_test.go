@@ -909,10 +909,14 @@ func TestQuarantine(t *testing.T) {
 		{"binding key unknown", func(_ *testing.T, _ *fakeKeys, _ *edge, d *broker.Delivery) { d.Event.Bind = "b9" }, causeUnknownBind},
 		{"no tag", func(_ *testing.T, _ *fakeKeys, _ *edge, d *broker.Delivery) { d.Event.Tag = "" }, causeTag},
 		{"site unknown", func(_ *testing.T, _ *fakeKeys, _ *edge, d *broker.Delivery) { d.Site, d.Event.Site = "s9", "s9" }, causeUnknownSite},
-		{"reserved kind", func(t *testing.T, keys *fakeKeys, e *edge, d *broker.Delivery) {
-			d.Kind = reservedKind
-			d.Event = e.event(t, "s1", ofKind(reservedKind))
-		}, causeReserved},
+		{"reserved kind, and no run", func(t *testing.T, keys *fakeKeys, e *edge, d *broker.Delivery) {
+			d.Kind = broker.KindExpired
+			d.Event = e.event(t, "s1", ofKind(broker.KindExpired))
+		}, causeRun},
+		{"one event for several numbers", func(t *testing.T, keys *fakeKeys, e *edge, d *broker.Delivery) {
+			e.seq["s1"]++
+			d.Event = e.event(t, "s1", func(ev *broker.Event) { ev.From-- })
+		}, causeRun},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

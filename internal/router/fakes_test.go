@@ -330,6 +330,8 @@ type fakeKeys struct {
 	sites     map[string]*atomic.Pointer[keysync.Site]
 	refresh   func(site string) error
 	refreshes atomic.Int64
+	reread    func()
+	rereads   atomic.Int64
 }
 
 func (k *fakeKeys) Site(name string) *keysync.Site {
@@ -346,6 +348,13 @@ func (k *fakeKeys) Refresh(_ context.Context, site string) error {
 		return nil
 	}
 	return k.refresh(site)
+}
+
+func (k *fakeKeys) RereadBinding() {
+	k.rereads.Add(1)
+	if k.reread != nil {
+		k.reread()
+	}
 }
 
 // change replaces a site's keys by a changed copy.

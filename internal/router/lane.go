@@ -46,8 +46,8 @@ type tenure struct {
 	// Guarded by mu.
 	closed    bool
 	lanes     map[string]*lane
-	highest   uint64              // stream sequence; what is not above it is a copy
-	held      map[uint64]struct{} // stream sequences of what is not settled
+	highest   uint64           // stream sequence; what is not above it is a copy
+	held      map[uint64]*item // what is not settled, by its stream sequence
 	met       met
 	earliest  time.Time // no queued event's deadline is before it; zero: none is queued
 	inherited map[event]*progress
@@ -59,6 +59,8 @@ type lane struct {
 	site     string
 	e        *endpoint // nil: the site has no Kitchen here
 	queue    []*item   // in stream order
+	expired  []*item   // runs, in stream order, that tellRuns works off
+	telling  bool      // tellRuns is at work
 	sweeping int       // events taken out by the sweeper and not settled
 	running  bool
 	quiet    bool      // it has events that an earlier owner may have attempted
@@ -104,7 +106,7 @@ func newTenure(p *partition, last uint64, first bool, past past, inherited map[e
 	t := &tenure{
 		p: p, r: p.r, last: last, first: first, past: past,
 		lanes:     make(map[string]*lane),
-		held:      make(map[uint64]struct{}),
+		held:      make(map[uint64]*item),
 		met:       newMet(),
 		inherited: inherited,
 		left:      make(map[event]*progress),
@@ -170,6 +172,13 @@ func (t *tenure) accept(d *broker.Delivery) bool {
 		t.lanes[d.Site] = l
 	}
 	it := &item{d: d, before: d.StreamSeq <= t.last, progress: progress{deadline: t.r.deadline(d)}}
+	t.held[d.StreamSeq] = it
+	t.r.metrics.pending.Add(1)
+	if d.Kind == broker.KindExpired {
+		l.expired = append(l.expired, it)
+		t.tell(l)
+		return true
+	}
 	if it.before {
 		l.quiet = true
 		if t.first && !l.marked && !t.isDone(l, d) {
@@ -179,8 +188,6 @@ func (t *tenure) accept(d *broker.Delivery) bool {
 	}
 	it.quiet = l.quiet
 	l.queue = append(l.queue, it)
-	t.held[d.StreamSeq] = struct{}{}
-	t.r.metrics.pending.Add(1)
 	if t.earliest.IsZero() || it.deadline.Before(t.earliest) {
 		t.earliest = it.deadline
 	}
@@ -259,12 +266,15 @@ func (t *tenure) next(l *lane, settled *item) *item {
 func (t *tenure) release(it *item) {
 	delete(t.held, it.d.StreamSeq)
 	t.r.metrics.pending.Add(-1)
+	if l := t.lanes[it.d.Site]; l != nil {
+		t.tell(l) // a run may have waited for it
+	}
 }
 
 // discard drops the lane of a site without a Kitchen when it is idle: anybody may invent
 // names of sites, and nothing of them is kept. The caller holds mu.
 func (t *tenure) discard(l *lane) {
-	if l.e == nil && !l.running && l.sweeping == 0 && len(l.queue) == 0 {
+	if l.e == nil && !l.running && !l.telling && l.sweeping == 0 && len(l.queue) == 0 && len(l.expired) == 0 {
 		delete(t.lanes, l.site)
 	}
 }

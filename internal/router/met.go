@@ -34,20 +34,39 @@ func newMet() met {
 
 // first tells whether the event was not met before, and remembers it.
 func (m *met) first(ev event, now time.Time) bool {
-	s := m.sources[ev.source]
-	if s == nil {
-		m.forget(now)
-		s = new(sightings)
-		m.sources[ev.source.clone()] = s
-	}
-	s.last = now
+	s := m.of(ev.source, now)
 	if s.seqs.has(ev.seq) {
 		return false
 	}
-	if s.seqs = s.seqs.add(ev.seq); len(s.seqs) > mostRuns {
+	s.seqs = s.seqs.add(ev.seq)
+	s.bound()
+	return true
+}
+
+// take returns which numbers of a run were not met before, and remembers all of them.
+func (m *met) take(src source, from, to uint64, now time.Time) runs {
+	s := m.of(src, now)
+	fresh := s.seqs.without(from, to)
+	s.seqs = s.seqs.addRun(from, to)
+	s.bound()
+	return fresh
+}
+
+func (m *met) of(src source, now time.Time) *sightings {
+	s := m.sources[src]
+	if s == nil {
+		m.forget(now)
+		s = new(sightings)
+		m.sources[src.clone()] = s
+	}
+	s.last = now
+	return s
+}
+
+func (s *sightings) bound() {
+	if len(s.seqs) > mostRuns {
 		s.seqs = append(s.seqs[:0], s.seqs[1:]...)
 	}
-	return true
 }
 
 // forget drops sources that sent nothing for keepMet, once there are twice as many as

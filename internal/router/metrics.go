@@ -16,7 +16,7 @@ const (
 	causeUnknownSite cause = "unknown-site" // no binding key of the site here: nothing can be verified
 	causeUnknownBind cause = "unknown-bind" // tagged with a binding key that is not, or no longer, here
 	causeTag         cause = "tag"          // altered or forged
-	causeReserved    cause = "reserved"     // the kind "expired", which no Kitchen gets
+	causeRun         cause = "run"          // says of more than one number, or of the kind "expired", what no edge says
 	causeReplay      cause = "replay"       // an event that was taken up before, at another place of the stream
 
 	// Not looked at.
@@ -75,7 +75,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			ReasonConflict, ReasonUndecryptable, ReasonUnknownKey, ReasonRefused, ReasonRedirect, ReasonGone,
 			ReasonCredential, ReasonUnencrypted, ReasonBusy, ReasonThrottled, ReasonKitchenError, ReasonUnexpected,
 			ReasonTimeout, ReasonCut, ReasonRefusedConn, ReasonDNS, ReasonTLS, ReasonNetwork, ReasonKeys),
-		quarantined: newCounter(quarantined, causeMalformed, causeUnknownSite, causeUnknownBind, causeTag, causeReserved, causeReplay),
+		quarantined: newCounter(quarantined, causeMalformed, causeUnknownSite, causeUnknownBind, causeTag, causeRun, causeReplay),
 		skipped:     newCounter(skipped, causeReported, causeRedelivered),
 		dropped:     newCounter(dropped, dropRefused, dropSampled),
 		badReports: prometheus.NewCounter(prometheus.CounterOpts{

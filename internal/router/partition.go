@@ -90,11 +90,15 @@ func (r *Router) readPast(ctx context.Context, partition int, oldest time.Time) 
 	past := make(past)
 	believed := 0
 	err := r.hub.ReportsSince(ctx, oldest, partition, func(rep *broker.Report) error {
-		site := r.keys.Site(rep.Site)
-		if site == nil || site.Binding == nil {
+		binding := r.binding(rep.Site)
+		if binding == nil {
 			return nil // nothing of the site is delivered here
 		}
-		if err := site.Binding.VerifyReport(&rep.Report, rep.Bind, rep.Tag); err != nil {
+		if _, known := binding.Key(rep.Bind); !known {
+			r.keys.RereadBinding()
+			binding = r.binding(rep.Site)
+		}
+		if err := binding.VerifyReport(&rep.Report, rep.Bind, rep.Tag); err != nil {
 			r.metrics.badReports.Inc()
 			r.reportLog.Do(func() {
 				r.log.Error(alarmReport, "site", rep.Site, "edge", rep.Edge, "seq", rep.Seq, "err", err)

@@ -31,7 +31,23 @@ type delivery struct {
 	n        int
 }
 
-func (p past) isDone(d delivery, seq uint64) bool { return p[d].has(seq) }
+// anyEndpoint stands for all of them: what ended at one cannot have expired at the edge.
+const anyEndpoint = ""
+
+// isDone tells whether the delivery has ended, or its event reached no endpoint: that is the
+// end of its delivery to each.
+func (p past) isDone(d delivery, seq uint64) bool {
+	if p[d].has(seq) {
+		return true
+	}
+	d.endpoint = noEndpoint
+	return p[d].has(seq)
+}
+
+// isSettled tells whether the event has ended anywhere.
+func (p past) isSettled(src source, seq uint64) bool {
+	return p[delivery{src, anyEndpoint, 0}].has(seq)
+}
 
 func (p past) add(d delivery, seq uint64) {
 	done, ok := p[d]
@@ -39,6 +55,10 @@ func (p past) add(d delivery, seq uint64) {
 		d.source, d.endpoint = d.source.clone(), strings.Clone(d.endpoint)
 	}
 	p[d] = done.add(seq)
+	if d.endpoint != anyEndpoint && d.n == 0 {
+		d.endpoint = anyEndpoint
+		p.add(d, seq)
+	}
 }
 
 // runs is a set of sequences as disjoint ranges in ascending order. Reports come nearly
@@ -85,4 +105,39 @@ func (s runs) add(seq uint64) runs {
 		return s
 	}
 	return slices.Insert(s, i, run{seq, seq})
+}
+
+// without returns which of the sequences from..to the set lacks, in ascending order.
+func (s runs) without(from, to uint64) runs {
+	var lacks runs
+	i, _ := s.find(from)
+	if i > 0 && s[i-1].to >= from {
+		i--
+	}
+	for ; i < len(s) && s[i].from <= to; i++ {
+		if s[i].from > from {
+			lacks = append(lacks, run{from, s[i].from - 1})
+		}
+		if s[i].to >= to {
+			return lacks
+		}
+		from = s[i].to + 1
+	}
+	return append(lacks, run{from, to})
+}
+
+// addRun adds the sequences from..to.
+func (s runs) addRun(from, to uint64) runs {
+	// What it touches or overlaps becomes one.
+	i, _ := slices.BinarySearchFunc(s, from, func(r run, from uint64) int {
+		if r.to < from && from-r.to > 1 {
+			return -1
+		}
+		return 1
+	})
+	j := i
+	for ; j < len(s) && (s[j].from <= to || s[j].from-to == 1); j++ {
+		from, to = min(from, s[j].from), max(to, s[j].to)
+	}
+	return slices.Replace(s, i, j, run{from, to})
 }

@@ -10,6 +10,10 @@
 // failure, the dead letter, unless the hub certainly refuses that one (I8); a dead, slow or refusing Kitchen delays its own site only
 // (I5), as long as fewer events wait for it than the hub hands out unacknowledged.
 //
+// What an edge says has expired with it is posted to nobody: each number of such a run is
+// reported as failed, expired, unless it has ended otherwise. Runs of a site are taken in
+// the order of the stream, beside its deliveries, which they do not wait for.
+//
 // A delivery is made at least once. It is made again when the bridge is killed between
 // the Kitchen's answer and the stored report; then, as with every attempt, it carries the
 // same Idempotency-Key.
@@ -54,6 +58,8 @@ type Keys interface {
 	Site(name string) *keysync.Site
 	// Refresh asks the Portal for the site's keys, unless that was done just now.
 	Refresh(ctx context.Context, site string) error
+	// RereadBinding looks whether there are new binding keys, which Site then has.
+	RereadBinding()
 }
 
 // Router delivers. Make one with New, and Run it once.

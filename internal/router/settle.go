@@ -185,11 +185,6 @@ func (r *Router) count(l *lane, it *item) {
 // repeat the order (I6).
 func (r *Router) report(l *lane, it *item) (*broker.Report, error) {
 	ev := &it.d.Event
-	key := r.keys.Site(ev.Site).Binding.Current()
-	sealed, err := key.SealReport(appendAnswer(nil, &it.last))
-	if err != nil {
-		return nil, err
-	}
 	rep := &broker.Report{
 		Report: envelope.Report{
 			Site: ev.Site, Edge: ev.Edge, Epoch: ev.Epoch, Seq: ev.Seq, ID: ev.ID,
@@ -197,13 +192,23 @@ func (r *Router) report(l *lane, it *item) (*broker.Report, error) {
 			State: string(it.fate.state), Reason: string(it.fate.reason),
 			Status: it.last.status, Attempts: it.attempts,
 			Settled: it.settled.UnixMilli(),
-			Triple:  sealed,
 		},
-		Kind: ev.Kind, StreamSeq: it.d.StreamSeq, Bind: key.ID(),
+		Kind: ev.Kind, StreamSeq: it.d.StreamSeq,
 	}
 	if !it.started.IsZero() {
 		rep.Started = it.started.UnixMilli()
 	}
+	return r.seal(&it.last, rep)
+}
+
+// seal adds the Kitchen's answer to a report, and the tag.
+func (r *Router) seal(a *answer, rep *broker.Report) (*broker.Report, error) {
+	key := r.binding(rep.Site).Current()
+	sealed, err := key.SealReport(appendAnswer(nil, a))
+	if err != nil {
+		return nil, err
+	}
+	rep.Triple, rep.Bind = sealed, key.ID()
 	rep.Tag = key.TagReport(&rep.Report)
 	return rep, nil
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+	"github.com/kitchenbridge/kitchenbridge/internal/door"
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 	"github.com/kitchenbridge/kitchenbridge/pkg/keysync"
 )
@@ -27,10 +28,17 @@ type Feed interface {
 // such calls, when messages may have been missed. Neither call waits for a screen.
 type OpenFeed func(event func(*broker.Delivery), gap func(reason string)) (Feed, error)
 
+// Keys is what the gate asks of the sites' keys. *keysync.Keys is one.
+type Keys interface {
+	door.Keys
+	// RereadBinding looks whether there are new binding keys, which Site then has.
+	RereadBinding()
+}
+
 // show brings one message to the screens of its site. It never waits for a screen.
 func (g *Gate) show(d *broker.Delivery) {
 	hall := g.halls[d.Site]
-	if hall == nil || d.Kind == broker.KindExpired {
+	if hall == nil {
 		return
 	}
 	now := time.Now()
@@ -38,6 +46,9 @@ func (g *Gate) show(d *broker.Delivery) {
 	if reason != "" {
 		g.drop(d, reason, err)
 		return
+	}
+	if d.Kind == broker.KindExpired {
+		return // it says of events that they do not come
 	}
 	g.shown = hall.appendTo(g.shown[:0])
 	// The room is used again; the screens must not be kept by it.
@@ -71,12 +82,21 @@ func (g *Gate) judge(d *broker.Delivery, now time.Time) (site *keysync.Site, rea
 	if site == nil || site.Fetched.IsZero() || site.Binding == nil {
 		return nil, dropKeys, nil
 	}
+	if _, known := site.Binding.Key(e.Bind); !known {
+		// Perhaps its edge has read a new binding file before this bridge.
+		g.keys.RereadBinding()
+		site = g.keys.Site(d.Site)
+	}
 	// I7: first the tag, before anything the message says is believed.
 	if err := site.Binding.VerifyEvent(&e.Event, e.Bind, e.Tag); err != nil && !faultNoTag {
 		return nil, dropTag, err
 	}
 	if e.Site != d.Site || e.Kind != d.Kind || e.Edge != d.Edge {
 		return nil, dropTag, fmt.Errorf("the event is site %s, kind %s, edge %s, and lies under another subject", e.Site, e.Kind, e.Edge)
+	}
+	if e.Kind == broker.KindExpired {
+		g.passed.run(lane{e.Site, e.Edge, e.Epoch}, e.From, e.Seq, e.Deadline, now.UnixMilli())
+		return site, "", nil
 	}
 	// In the hub's time: an edge whose clock is ahead gives its events no longer life.
 	if now.UnixMilli() >= min(e.Deadline, d.Stored.UnixMilli()+(e.Deadline-e.Accepted)) {

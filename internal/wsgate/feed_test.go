@@ -1,6 +1,7 @@
 package wsgate
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"strings"
@@ -90,8 +91,22 @@ func TestWhatIsNotShownIsCountedByReason(t *testing.T) {
 			d.Stored = d.Stored.Add(-29 * time.Second)
 			return []*broker.Delivery{d}
 		}},
-		{name: "the reserved kind", make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
-			return []*broker.Delivery{event(t, site, 1, `{}`, func(e *envelope.Event) { e.Kind = "expired" })}
+		{name: "a run of events that expired at their edge", make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
+			return []*broker.Delivery{event(t, site, 7, `{}`, expiredRun(1))}
+		}},
+		{name: "a run again: it is no drop", make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
+			return []*broker.Delivery{event(t, site, 7, `{}`, expiredRun(1)), event(t, site, 7, `{}`, expiredRun(1))}
+		}},
+		{name: "a run that nobody tagged", reason: dropTag, make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
+			forged := event(t, site, 7, `{}`, expiredRun(1))
+			forged.Event.From = 3
+			return []*broker.Delivery{forged}
+		}},
+		{name: "an event whose number a run had", reason: dropRepeated, make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
+			return []*broker.Delivery{event(t, site, 7, `{}`, expiredRun(1)), event(t, site, 4, `{}`)}
+		}},
+		{name: "the events before and after a run", shown: 2, make: func(t *testing.T, site *keysync.Site) []*broker.Delivery {
+			return []*broker.Delivery{event(t, site, 1, `{}`), event(t, site, 7, `{}`, expiredRun(2)), event(t, site, 8, `{}`)}
 		}},
 		{name: "a site without screens", make: func(t *testing.T, _ *keysync.Site) []*broker.Delivery {
 			return []*broker.Delivery{event(t, newSite(t, "elsewhere", true), 1, `{}`)}
@@ -317,6 +332,46 @@ func TestAClientThatAsksForASmallWindowGetsNoCompression(t *testing.T) {
 			t.Errorf("answered with %q", got)
 		}
 		conn.Close()
+		s.finish()
+	})
+}
+
+// expiredRun makes an event a run from a number on, whose deadline is over.
+func expiredRun(from uint64) func(*envelope.Event) {
+	return func(e *envelope.Event) {
+		e.Kind, e.From = broker.KindExpired, from
+		e.Accepted -= time.Hour.Milliseconds()
+		e.Deadline = e.Accepted + 60_000
+	}
+}
+
+// An edge may have read a new binding file before the bridge: that looks, and shows.
+func TestUnknownBindingKeyIsLookedForInTheFile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStage(t, testConfig())
+		s.start()
+		screen := s.connect(headers(tokenOne), false).listen()
+		looks := 0
+		s.keys.reread = func() { looks++ }
+		s.feed.event(event(t, s.keys.Site("one"), 1, `{}`))
+		if looks != 0 {
+			t.Error("looked for a known key")
+		}
+		key, err := envelope.NewBindingKey("b9", bytes.Repeat([]byte{'x'}, 32))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fresh := *s.keys.Site("one")
+		if fresh.Binding, err = envelope.NewBinding("one", fresh.Binding.Lane(), key, fresh.Binding.Current()); err != nil {
+			t.Fatal(err)
+		}
+		s.keys.reread = func() { looks++; s.keys.set(&fresh) }
+		s.feed.event(event(t, &fresh, 2, `{}`))
+		synctest.Wait()
+		if n := len(screen.frames()); looks != 1 || n != 2 {
+			t.Errorf("%d looks at the file, %d frames", looks, n)
+		}
+		screen.close()
 		s.finish()
 	})
 }

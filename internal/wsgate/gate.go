@@ -49,7 +49,7 @@ type Gate struct {
 	// Fixed at birth.
 	cfg              Config // with defaults
 	log              *slog.Logger
-	keys             door.Keys
+	keys             Keys
 	door             *door.Door
 	feed             Feed
 	halls            map[string]*hall // one for each configured site
@@ -75,7 +75,7 @@ type Gate struct {
 
 // New checks the configuration, reads the listeners' certificates, opens the feed and
 // starts nothing: Run runs the feed.
-func New(cfg Config, keys door.Keys, open OpenFeed) (*Gate, error) {
+func New(cfg Config, keys Keys, open OpenFeed) (*Gate, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}

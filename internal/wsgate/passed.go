@@ -40,6 +40,19 @@ func newPassed() *passed {
 // first tells whether seq did not pass before, and remembers it. now and deadline are
 // Unix ms.
 func (p *passed) first(l lane, seq uint64, deadline, now int64) bool {
+	return p.window(l, seq, deadline, now).first(seq)
+}
+
+// run remembers all of from..to, of which some may have passed.
+func (p *passed) run(l lane, from, to uint64, deadline, now int64) {
+	w := p.window(l, to, deadline, now)
+	for n := min(to-from, windowSize-1) + 1; n > 0; n-- {
+		w.first(to - n + 1)
+	}
+}
+
+// window returns the lane's; a new one begins at seq.
+func (p *passed) window(l lane, seq uint64, deadline, now int64) *window {
 	w := p.lanes[l]
 	if w == nil {
 		p.makeRoom(now)
@@ -49,7 +62,7 @@ func (p *passed) first(l lane, seq uint64, deadline, now int64) bool {
 		p.lanes[l] = w
 	}
 	w.deadline = max(w.deadline, deadline)
-	return w.first(seq)
+	return w
 }
 
 func (w *window) first(seq uint64) bool {

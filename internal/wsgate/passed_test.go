@@ -34,6 +34,39 @@ func TestPassedTellsARepeatFromTheFirst(t *testing.T) {
 	}
 }
 
+// A run uses up the places of its numbers, and of no others.
+func TestPassedRemembersRuns(t *testing.T) {
+	const far, end = int64(1 << 50), uint64(1<<64 - 1)
+	l := lane{"one", "front", "e"}
+	for _, tc := range []struct {
+		name     string
+		from, to uint64
+		passed   []uint64
+		fresh    []uint64
+	}{
+		{"the first of its lane", 3, 5, []uint64{3, 4, 5}, []uint64{2, 6}},
+		{"as long as the window", 2, windowSize + 1, []uint64{2, 500, windowSize + 1}, []uint64{windowSize + 2}},
+		{"longer than the window", 1, 5000, []uint64{1, 4000, 5000}, []uint64{5001}},
+		{"the last numbers", end - 2, end, []uint64{end - 2, end}, []uint64{end - 3}},
+		{"all numbers", 1, end, []uint64{1, end - 5, end}, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPassed()
+			p.run(l, tc.from, tc.to, far, 0)
+			for _, seq := range tc.passed {
+				if p.first(l, seq, far, 0) {
+					t.Errorf("%d did not pass, it is said", seq)
+				}
+			}
+			for _, seq := range tc.fresh {
+				if !p.first(l, seq, far, 0) {
+					t.Errorf("%d passed, it is said", seq)
+				}
+			}
+		})
+	}
+}
+
 // A window must agree with a set of everything that passed, for all that is not too far
 // behind.
 func TestPassedAgreesWithASet(t *testing.T) {

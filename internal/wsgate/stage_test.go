@@ -55,7 +55,10 @@ func testConfig() Config {
 }
 
 // fakeKeys stands for keysync.
-type fakeKeys struct{ sites sync.Map }
+type fakeKeys struct {
+	sites  sync.Map
+	reread func()
+}
 
 func (k *fakeKeys) Site(name string) *keysync.Site {
 	s, _ := k.sites.Load(name)
@@ -64,6 +67,12 @@ func (k *fakeKeys) Site(name string) *keysync.Site {
 }
 
 func (k *fakeKeys) RefreshFor(context.Context, string, string) error { return keysync.ErrStillUnknown }
+
+func (k *fakeKeys) RereadBinding() {
+	if k.reread != nil {
+		k.reread()
+	}
+}
 
 func (k *fakeKeys) set(s *keysync.Site) { k.sites.Store(s.Name, s) }
 
