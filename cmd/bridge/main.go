@@ -131,6 +131,43 @@ sites it lacks. The file is secret (0600): copy it to the edges over a channel y
 		}}
 	mint.Flags().StringVar(&file, "file", "binding.json", "the file to make or extend")
 	mint.Flags().StringSliceVar(&sites, "site", nil, "a site; may be repeated")
-	cmd.AddCommand(mint)
+
+	var all bool
+	var after time.Duration
+	rotate := &cobra.Command{Use: "rotate SITE... | --all", Short: "Give sites a new binding key each; the ones before stay to verify and open",
+		Long: `Put a new random binding key first for each site. It begins to tag and seal after --after; copy
+the file to every edge and bridge before that. The programs read it within seconds, without a
+restart. The keys before are retired then, and verify and open what they have tagged for 14
+days; older ones are dropped from the file at the next rotation. Lane keys never change.`,
+		Example: `  bridge binding rotate --file binding.json store-1
+  bridge binding rotate --file binding.json --all --after 1h`,
+		RunE: func(cmd *cobra.Command, sites []string) error {
+			if all == (len(sites) > 0) {
+				return errors.New("name the sites to rotate, or all of them with --all")
+			}
+			rotated, from, err := keysync.RotateBindingFile(file, sites, after)
+			if err != nil {
+				return err
+			}
+			when := "used from " + from.Format(time.RFC3339) + ": copy the file to every edge and bridge before"
+			if after == 0 {
+				when = "used at once: what is tagged with it is quarantined by a bridge that has not this file"
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s has a new key for each of %d sites (%s), %s\n", file, len(rotated), few(rotated), when)
+			return nil
+		}}
+	rotate.Flags().StringVar(&file, "file", "binding.json", "the file to change")
+	rotate.Flags().BoolVar(&all, "all", false, "all sites of the file")
+	rotate.Flags().DurationVar(&after, "after", keysync.UseAfter, "how long from now the new keys begin to tag, 0s to 336h")
+	cmd.AddCommand(mint, rotate)
 	return cmd
+}
+
+// few names the first of many.
+func few(names []string) string {
+	const most = 10
+	if len(names) <= most {
+		return strings.Join(names, ", ")
+	}
+	return strings.Join(names[:most], ", ") + ", …"
 }
