@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
@@ -16,8 +17,8 @@ import (
 const (
 	// mostExpired is how many numbers a run may have.
 	mostExpired = 1000
-	// tellers is how many reports of one run are under way at once.
-	tellers = 64
+	// mostTellers is how many reports on numbers of runs are under way at once in a partition.
+	mostTellers = 64
 	// latestTime bounds the times in a run as those of events are: the end of the year 9999.
 	latestTime = 253402300799999
 )
@@ -141,33 +142,29 @@ func (t *tenure) take(d *broker.Delivery) (open []uint64, fresh bool) {
 	return open, len(unmet) > 0
 }
 
-// report stores the reports on the numbers, at most tellers at once.
+// report stores the reports on the numbers. False: the tenure ended before.
 func (t *tenure) report(it *item, list []expiry, open []uint64) bool {
 	it.settled = time.Now()
-	work := make(chan uint64)
-	stored := make([]bool, min(tellers, len(open)))
 	var wg sync.WaitGroup
-	for i := range stored {
-		stored[i] = true
+	var missing atomic.Bool
+	for _, seq := range open {
+		select {
+		case t.tellers <- struct{}{}:
+		case <-t.io.Done():
+			missing.Store(true)
+		}
+		if missing.Load() {
+			break // the tenure ended: the rest is not begun
+		}
 		wg.Go(func() {
-			for seq := range work {
-				if stored[i] && !t.storeExpiry(it, seq, &list[seq-it.d.Event.From]) {
-					stored[i] = false // and the rest is not begun
-				}
+			defer func() { <-t.tellers }()
+			if !t.storeExpiry(it, seq, &list[seq-it.d.Event.From]) {
+				missing.Store(true)
 			}
 		})
 	}
-	for _, seq := range open {
-		work <- seq
-	}
-	close(work)
 	wg.Wait()
-	for _, ok := range stored {
-		if !ok {
-			return false
-		}
-	}
-	return true
+	return !missing.Load()
 }
 
 // storeExpiry stores the report on one number of a run. False: the tenure ended before.

@@ -31,16 +31,17 @@ const (
 // expire.
 type tenure struct {
 	// Fixed at birth.
-	p     *partition
-	r     *Router
-	last  uint64 // stream sequence: an event not above it may have been attempted before
-	first bool   // of this process: another owner may have been killed before
-	past  past
-	begin context.Context
-	stop  context.CancelFunc // ends begin: no further attempt
-	io    context.Context
-	abort context.CancelFunc // ends io: what is in flight is cut
-	wg    sync.WaitGroup     // lanes, added to under mu while not closed; the sweeper, and what it starts
+	p       *partition
+	r       *Router
+	last    uint64 // stream sequence: an event not above it may have been attempted before
+	first   bool   // of this process: another owner may have been killed before
+	past    past
+	begin   context.Context
+	stop    context.CancelFunc // ends begin: no further attempt
+	io      context.Context
+	abort   context.CancelFunc // ends io: what is in flight is cut
+	tellers chan struct{}      // a place for each report on a number of a run
+	wg      sync.WaitGroup     // lanes, added to under mu while not closed; the sweeper, and what it starts
 
 	mu sync.Mutex
 	// Guarded by mu.
@@ -110,6 +111,7 @@ func newTenure(p *partition, last uint64, first bool, past past, inherited map[e
 		met:       newMet(),
 		inherited: inherited,
 		left:      make(map[event]*progress),
+		tellers:   make(chan struct{}, mostTellers),
 	}
 	t.begin, t.stop = context.WithCancel(p.consuming)
 	t.io, t.abort = context.WithCancel(p.io)
