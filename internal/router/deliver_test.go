@@ -1094,7 +1094,7 @@ func TestQuarantineKeepsSamples(t *testing.T) {
 		for range 100 {
 			log.store(e.event(t, "s1", func(ev *broker.Event) { ev.Bind = "b9" }))
 		}
-		waitSettled(t, log) // so that they have their part of all samples
+		waitSettled(t, log)   // so that they have their part of all samples
 		for i := range 1000 { // names that somebody invents
 			ev := e.event(t, "s1")
 			ev.Site = fmt.Sprintf("junk-%d", i)
