@@ -138,7 +138,9 @@ sites it lacks. The file is secret (0600): copy it to the edges over a channel y
 		Long: `Put a new random binding key first for each site. It begins to tag and seal after --after; copy
 the file to every edge and bridge before that. The programs read it within seconds, without a
 restart. The keys before are retired then, and verify and open what they have tagged for 14
-days; older ones are dropped from the file at the next rotation. Lane keys never change.`,
+days; older ones are dropped from the file at the next rotation. Lane keys never change.
+
+A key that has leaked stays good until its entry is deleted from the file everywhere.`,
 		Example: `  bridge binding rotate --file binding.json store-1
   bridge binding rotate --file binding.json --all --after 1h`,
 		RunE: func(cmd *cobra.Command, sites []string) error {
@@ -153,7 +155,7 @@ days; older ones are dropped from the file at the next rotation. Lane keys never
 			if after == 0 {
 				when = "used at once: what is tagged with it is quarantined by a bridge that has not this file"
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s has a new key for each of %d sites (%s), %s\n", file, len(rotated), few(rotated), when)
+			fmt.Fprintf(cmd.OutOrStdout(), "%s has new keys for [%s], %s\n", file, few(rotated), when)
 			return nil
 		}}
 	rotate.Flags().StringVar(&file, "file", "binding.json", "the file to change")
@@ -167,7 +169,7 @@ days; older ones are dropped from the file at the next rotation. Lane keys never
 func few(names []string) string {
 	const most = 10
 	if len(names) <= most {
-		return strings.Join(names, ", ")
+		return strings.Join(names, " ")
 	}
-	return strings.Join(names[:most], ", ") + ", …"
+	return strings.Join(names[:most], " ") + fmt.Sprintf(" and %d more", len(names)-most)
 }

@@ -66,6 +66,7 @@ type Edge struct {
 // keys is what the edge needs of the sites' keys; *keysync.Keys is one.
 type keys interface {
 	door.Keys
+	RereadBinding()
 	Ready() error
 	Run(ctx context.Context) error
 }

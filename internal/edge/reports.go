@@ -9,16 +9,23 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
-	"github.com/kitchenbridge/kitchenbridge/internal/door"
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
+	"github.com/kitchenbridge/kitchenbridge/pkg/keysync"
 )
+
+// reportKeys is what reports need of the sites' keys.
+type reportKeys interface {
+	Site(name string) *keysync.Site
+	// RereadBinding looks whether there are new binding keys, which Site then has.
+	RereadBinding()
+}
 
 // reports settles messages by what the bridge reports of them. What comes from the hub is
 // believed only when its tag verifies (I7).
 type reports struct {
 	// Fixed at birth.
 	edge, epoch string
-	keys        door.Keys
+	keys        reportKeys
 	register    *register
 	metrics     *metrics
 	log         *slog.Logger
@@ -36,6 +43,11 @@ func (f *reports) take(r *broker.Report) {
 	if site == nil {
 		f.count(r, dropUnknown, fmt.Errorf("site %q is not configured", r.Site))
 		return
+	}
+	if _, known := site.Binding.Key(r.Bind); !known {
+		// Perhaps the bridge has read a new binding file before this edge.
+		f.keys.RereadBinding()
+		site = f.keys.Site(r.Site)
 	}
 	if err := site.Binding.VerifyReport(&r.Report, r.Bind, r.Tag); err != nil {
 		f.count(r, dropUnverified, err)

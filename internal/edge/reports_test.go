@@ -1,10 +1,13 @@
 package edge
 
 import (
+	"bytes"
+	"fmt"
 	"strings"
 	"testing"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
+	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
 )
 
 func TestReportsSettleOnlyWhatTheyProve(t *testing.T) {
@@ -65,6 +68,57 @@ func TestReportsSettleOnlyWhatTheyProve(t *testing.T) {
 			}
 			if again.Code != 201 || again.Body.String() != want {
 				t.Errorf("asked again: %d %s", again.Code, again.Body)
+			}
+		})
+	}
+}
+
+// The bridge may have read a new binding file before the edge: its report settles the message
+// all the same, and one under a key that is in no file does not.
+func TestReportUnderABindingKeyThatIsInTheFileOnly(t *testing.T) {
+	for _, found := range []bool{true, false} {
+		t.Run(fmt.Sprint(found), func(t *testing.T) {
+			r := newRig(t, nil)
+			w := r.do(t.Context(), call{token: tokenTill1, body: order, header: with("Idempotency-Key", "k", "Prefer", "wait=0")})
+			d := r.store.stored()[0]
+			report := r.store.reportOf(d, 1, cooks(d))
+			fresh, err := envelope.NewBindingKey("b2", bytes.Repeat([]byte{7}, 32))
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := r.portal.Site("gcm")
+			sealed, err := fresh.SealReport([]byte(`{"status":201,"headers":{},"body":""}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			report.Bind, report.Triple = "b2", sealed
+			report.Tag = fresh.TagReport(&report.Report)
+			looks := 0
+			r.portal.reread = func() {
+				looks++
+				if !found {
+					return
+				}
+				both, err := envelope.NewBinding("gcm", before.Binding.Lane(), fresh, before.Binding.Current())
+				if err != nil {
+					t.Fatal(err)
+				}
+				now := *before
+				now.Binding = both
+				r.portal.mu.Lock()
+				defer r.portal.mu.Unlock()
+				r.portal.sites["gcm"] = &now
+			}
+			r.follow.take(report)
+			want, unverified := stateDelivered, 0
+			if !found {
+				want, unverified = stateAccepted, 1
+			}
+			if v, ok := r.edge.register.find(w.Header().Get("Kb-Id"), "gcm", "till-1"); !ok || v.state != want {
+				t.Errorf("state %s, want %s", v.state, want)
+			}
+			if n := drops(t, r.edge.metrics, dropUnverified); n != unverified || looks != 1 {
+				t.Errorf("%d unverified, want %d; %d looks at the file", n, unverified, looks)
 			}
 		})
 	}

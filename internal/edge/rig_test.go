@@ -91,6 +91,7 @@ type fakeKeys struct {
 	sites   map[string]*keysync.Site
 	refresh func() error
 	ready   error
+	reread  func() // of the binding file
 }
 
 func (p *fakeKeys) Site(name string) *keysync.Site {
@@ -104,6 +105,11 @@ func (p *fakeKeys) RefreshFor(context.Context, string, string) error {
 		return p.refresh()
 	}
 	return keysync.ErrStillUnknown
+}
+func (p *fakeKeys) RereadBinding() {
+	if p.reread != nil {
+		p.reread()
+	}
 }
 func (p *fakeKeys) Ready() error                  { return p.ready }
 func (p *fakeKeys) Run(ctx context.Context) error { <-ctx.Done(); return nil }

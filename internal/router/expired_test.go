@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"pgregory.net/rapid"
 
 	"github.com/kitchenbridge/kitchenbridge/internal/broker"
 	"github.com/kitchenbridge/kitchenbridge/pkg/envelope"
@@ -659,48 +658,6 @@ func TestUnknownBindingKeyIsLookedForInTheFile(t *testing.T) {
 				}
 			})
 		})
-	}
-}
-
-// Whole runs of numbers behave as their numbers do one by one.
-func TestRunsTakeRuns(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		var s runs
-		model := make(map[uint64]bool)
-		for range rapid.IntRange(0, 12).Draw(t, "steps") {
-			from := rapid.Uint64Range(1, 60).Draw(t, "from")
-			to := from + rapid.Uint64Range(0, 20).Draw(t, "more")
-			lacks := s.without(from, to)
-			for seq := from; seq <= to; seq++ {
-				if lacks.has(seq) == model[seq] {
-					t.Fatalf("%v without %d..%d is %v", s, from, to, lacks)
-				}
-			}
-			if len(lacks) > 0 && (lacks[0].from < from || lacks[len(lacks)-1].to > to) {
-				t.Fatalf("%v without %d..%d is %v", s, from, to, lacks)
-			}
-			s = s.addRun(from, to)
-			for seq := from; seq <= to; seq++ {
-				model[seq] = true
-			}
-			for seq := range uint64(90) {
-				if s.has(seq) != model[seq] {
-					t.Fatalf("%v has %d: %t", s, seq, s.has(seq))
-				}
-			}
-			for i, r := range s {
-				if r.from > r.to || i > 0 && s[i-1].to+1 >= r.from {
-					t.Fatalf("%v is not the shortest form", s)
-				}
-			}
-		}
-	})
-	const end = 1<<64 - 1
-	if s := (runs{{end, end}}).addRun(end-1, end); len(s) != 1 || s[0] != (run{end - 1, end}) {
-		t.Errorf("at the end of all numbers: %v", s)
-	}
-	if s := (runs{{end, end}}).without(end-1, end); len(s) != 1 || s[0] != (run{end - 1, end - 1}) {
-		t.Errorf("at the end of all numbers: %v", s)
 	}
 }
 

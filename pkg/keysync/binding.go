@@ -265,13 +265,13 @@ func RotateBindingFile(path string, sites []string, after time.Duration) (rotate
 		return nil, time.Time{}, fmt.Errorf("rotate binding keys: %w", err)
 	}
 	if after < 0 || after > maxUseAfter {
-		return fail(fmt.Errorf("a new key begins 0 to %v after its rotation, not %v", maxUseAfter, after))
+		return fail(fmt.Errorf("a new key begins 0s to 336h (14 days) after its rotation, not %v", after))
 	}
 	if err := validNames("rotate", sites); err != nil {
 		return nil, time.Time{}, err
 	}
 	if _, err := os.Stat(path); err != nil {
-		return fail(err) // there is nothing to rotate
+		return fail(fmt.Errorf("%w; `bridge binding mint` makes one", err))
 	}
 	err := rewrite(path, func(file *bindingFile) (bool, error) {
 		rotated = slices.Compact(slices.Sorted(slices.Values(sites)))

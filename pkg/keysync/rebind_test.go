@@ -146,8 +146,8 @@ func TestRotateRefuses(t *testing.T) {
 		{"a site that is not there", path, []string{"s1", "s9"}, 0, "no site s9"},
 		{"a bad name", path, []string{"*"}, 0, "rotate binding keys"},
 		{"no file", filepath.Join(t.TempDir(), "none"), nil, 0, "no such file"},
-		{"a time before", path, nil, -1, "0 to"},
-		{"a time too far ahead", path, nil, maxUseAfter + 1, "0 to"},
+		{"a time before", path, nil, -1, "0s to 336h"},
+		{"a time too far ahead", path, nil, maxUseAfter + 1, "0s to 336h"},
 		{"too many keys", path, []string{"full"}, 0, "site full has 64 keys"},
 	} {
 		t.Run(row.name, func(t *testing.T) {

@@ -10,9 +10,10 @@ import (
 )
 
 // Run fetches every site at once and then each one every portal.poll, and reads the binding
-// file when it changes, until ctx ends; it returns nil then, after all fetches have ended. Sites are spread over the interval,
-// fetched eight at a time, more often when their last key is about to end, and less
-// often while fetching fails. Run can be called once; the keys stay readable after it.
+// file when it changes, until ctx ends; it returns nil then, after all fetches have ended.
+// Sites are spread over the interval, fetched eight at a time, more often when their last
+// key is about to end, and less often while fetching fails. Run can be called once; the keys
+// stay readable after it.
 func (k *Keys) Run(ctx context.Context) error {
 	if !k.started.CompareAndSwap(false, true) {
 		return errors.New("keysync: Run was called before")
