@@ -120,14 +120,14 @@ func kill(rng *rand.Rand, at time.Duration, programs []program) step {
 			return len(killed), context.Cause(ctx)
 		}
 		// The hub before the bridge: it may be what the others wait for.
+		if r.isHub(programs) {
+			r.outage(from, time.Now())
+		}
 		var errs []error
 		for _, p := range []program{theHub, theBridge, theEdge} {
 			if slices.Contains(programs, p) {
 				errs = append(errs, r.start(ctx, p))
 			}
-		}
-		if r.isHub(programs) {
-			r.outage(from, time.Now())
 		}
 		return len(killed), errors.Join(errs...)
 	}}
@@ -148,13 +148,10 @@ func freeze(rng *rand.Rand, at time.Duration, p program) step {
 			return 0, err
 		}
 		sleep(ctx, long)
-		if err := proc.Signal(syscall.SIGCONT); err != nil {
-			return 1, err
-		}
-		if r.isHub([]program{p}) {
+		if r.isHub([]program{p}) && p != theBridge {
 			r.outage(from, time.Now())
 		}
-		return 1, nil
+		return 1, proc.Signal(syscall.SIGCONT)
 	}}
 }
 

@@ -30,7 +30,10 @@ type Evidence struct {
 	// Lag is the longest time in which the machine did not let the harness run when it should
 	// have. What the harness measures may be late by as much.
 	Lag time.Duration
-	// Outages are the times in which the hub did not run. In them screens must be told.
+	// Outages are the times in which the hub did not run. In them screens must be told. One ends
+	// when the program is started again, not when it says that it is ready: a screen may be
+	// served before somebody has asked. A frozen bridge with the hub in it is none: its gate is
+	// frozen too, and can neither beat nor close.
 	Outages []Span
 	// Screen says how the gate is set.
 	Screen ScreenTimes

@@ -100,11 +100,9 @@ func hold(at time.Duration, p program, long time.Duration, frozen bool) step {
 		r.later(func() error {
 			defer r.holding.Done()
 			sleep(ctx, long)
-			defer func() {
-				if r.isHub([]program{p}) {
-					r.outage(from, time.Now())
-				}
-			}()
+			if r.isHub([]program{p}) && !(frozen && p == theBridge) {
+				r.outage(from, time.Now())
+			}
 			if frozen {
 				return proc.Signal(syscall.SIGCONT)
 			}
