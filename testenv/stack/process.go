@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -192,17 +193,30 @@ const (
 
 // FreeAddr returns a loopback address that nobody listens on: preferred when it is free,
 // else one below the range of outgoing connections, so that none of these takes it while
-// its program is down.
+// its program is down. What it returned lately it does not return again: the program that
+// is to listen there may not have begun to.
 func FreeAddr(preferred string) (string, error) {
+	handedOut.Lock()
+	defer handedOut.Unlock()
 	if preferred != "" && free(preferred) {
 		return preferred, nil
 	}
 	for range portTries {
-		if addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(firstPort+rand.IntN(ports))); free(addr) {
+		port := firstPort + rand.IntN(ports)
+		if addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(port)); !slices.Contains(handedOut.lately[:], port) && free(addr) {
+			handedOut.lately[handedOut.next%len(handedOut.lately)] = port
+			handedOut.next++
 			return addr, nil
 		}
 	}
 	return "", errors.New("no free port on 127.0.0.1")
+}
+
+// handedOut are the ports that FreeAddr drew last.
+var handedOut struct {
+	sync.Mutex
+	lately [256]int
+	next   int
 }
 
 func free(addr string) bool {
